@@ -1,0 +1,79 @@
+"""Sparse Model Inversion: training-like images out of a frozen Vision Transformer, from fewer and fewer of its patches.
+
+    import smi
+    result = smi.invert(model, targets=[1, 207, 281], config=smi.preset("fast"))
+
+After Hu et al., "Sparse Model Inversion: Efficient Inversion of Vision Transformers for Data-Free Applications",
+ICML 2024. Importing this package does not import torch; the first use of a name does what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from smi._version import __version__
+
+if TYPE_CHECKING:
+    from smi.adapters.timm import SparseModel
+    from smi.config import PRESETS, Config, preset
+    from smi.dataset import SyntheticDataset
+    from smi.errors import SmiError
+    from smi.inversion import Inversion, invert
+    from smi.models import load_model
+    from smi.objectives import Context, Objective
+    from smi.pool import Pool, PoolWriter
+    from smi.state import ModelInfo, Phase, Result, WorkPlan
+
+_HOME = {
+    "Config": "config",
+    "Context": "objectives",
+    "Inversion": "inversion",
+    "ModelInfo": "state",
+    "Objective": "objectives",
+    "PRESETS": "config",
+    "Phase": "state",
+    "Pool": "pool",
+    "PoolWriter": "pool",
+    "Result": "state",
+    "SmiError": "errors",
+    "SparseModel": "adapters.timm",
+    "SyntheticDataset": "dataset",
+    "WorkPlan": "state",
+    "invert": "inversion",
+    "load_model": "models",
+    "preset": "config",
+}
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Context",
+    "Inversion",
+    "ModelInfo",
+    "Objective",
+    "Phase",
+    "Pool",
+    "PoolWriter",
+    "Result",
+    "SmiError",
+    "SparseModel",
+    "SyntheticDataset",
+    "WorkPlan",
+    "__version__",
+    "invert",
+    "load_model",
+    "preset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'smi' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"smi.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

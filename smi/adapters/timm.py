@@ -1,0 +1,372 @@
+"""Any timm ViT with a ``patch_drop`` slot, fed only some of its patches.
+
+The caller's model is never touched: the adapter works on a frozen twin that shares its weights. In the twin two modules
+are replaced: the patch embedding, so that only fed patches are embedded, and ``patch_drop``, so that only their tokens
+go on. Everything between and after is timm's own code, which is why every family that has the slot works.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import smi_kernels
+from smi.errors import SmiError
+from smi.state import ModelInfo
+
+Ranking = Literal["auto", "class_attention", "attention_pool", "received_attention"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _EmbedSlot(nn.Module):
+    """In place of timm's patch embedding: embeds only `cells` and lays their tokens out on the grid."""
+
+    def __init__(self, inner: PatchEmbed, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.grid = grid
+        self.cells: Tensor | None = None
+        self.offsets: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """timm reads geometry (grid_size, num_patches, ...) from this slot."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight, bias = self.inner.proj.weight, self.inner.proj.bias
+        if self.cells is None:
+            if self.offsets is not None:
+                images = smi_kernels.augment(images, self.offsets)
+            dense: Tensor = self.inner(images.to(weight.dtype))
+            return dense
+        tokens = self.inner.norm(smi_kernels.embed_patches(images, self.cells, self.offsets, weight, bias))
+        B, _, D = tokens.shape
+        rows, columns = self.grid
+        laid_out = tokens.new_zeros(B, rows * columns, D).scatter(1, self.cells[..., None].expand(-1, -1, D), tokens)
+        return laid_out if self.inner.flatten else laid_out.view(B, rows, columns, D)
+
+
+class _GatherSlot(nn.Module):
+    """In place of timm's patch dropout: prefix tokens and the tokens of `cells`, in that order."""
+
+    def __init__(self, num_prefix_tokens: int, with_indices: bool) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.with_indices = with_indices
+        self.cells: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        if self.cells is not None:
+            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            kept = patches.gather(1, self.cells[..., None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat((prefix, kept), dim=1)
+        return (x, self.cells) if self.with_indices else x
+
+
+class _AttentionTap(TorchFunctionMode):
+    """Sees query and key of every fused attention call, whatever projections, norms and rotations made them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, float]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key = args[0], args[1]
+            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+            self.calls.append((query.detach(), key.detach(), scale))
+        return func(*args, **kwargs)
+
+
+class SparseModel:
+    """A frozen timm ViT that can be fed any subset of its patches, under any roll and flip of the image.
+
+    Args:
+        model: a timm ``VisionTransformer`` or ``Eva`` (or subclass), in any mode and on any device; not modified. Its
+            weights are shared wherever device and dtype allow.
+        name: for records; default the timm architecture name.
+        device: where to run; default where the model is.
+        precision: arithmetic of the network, ``fp32`` or ``bf16``. A float64 model stays float64 under ``fp32``.
+        ranking: what patches are ranked by; ``auto`` takes the class token's attention in the last block, else the
+            attention pooling's, else the attention each patch receives in the last block.
+        mean, std: per channel; default the model's own data config.
+        class_names: one for each logit, for people.
+
+    Raises:
+        SmiError: not a supported model (with the reason), weights not finite, ranking not to be had, device missing,
+            or the twin's output differs from timm's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        ranking: Ranking = "auto",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        reasons = unsupported_reasons(model)
+        if reasons:
+            raise SmiError(f"{type(model).__name__} is not supported: {'; '.join(reasons)}.")
+        self._original = model
+        first = next(model.parameters())
+        self.device = resolve_device(device) if device is not None else first.device
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        network_dtype = self.dtype if precision == "fp32" else _DTYPES[precision]
+        _check_finite(model)
+
+        twin = _frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
+        embed = twin.patch_embed
+        channels, prefix = embed.proj.in_channels, twin.num_prefix_tokens
+        height, width = embed.img_size
+        probe = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        probe = probe.to(self.device)
+        with torch.no_grad():
+            expected = twin(probe.to(network_dtype)).to(self.dtype)
+
+        twin.patch_embed = _EmbedSlot(embed, embed.grid_size)
+        twin.patch_drop = _GatherSlot(prefix, with_indices=isinstance(twin, Eva))
+        for module in (twin.blocks[-1], twin.attn_pool):
+            for part in module.modules() if module is not None else ():
+                if hasattr(part, "fused_attn"):
+                    part.fused_attn = True  # the tap sees fused calls; the result is the same
+        self._twin = twin
+        self._features: dict[str, Tensor] = {}
+        self._hooks: dict[str, Any] = {}
+
+        data = resolve_model_data_config(model)
+        self._ranking = self._resolve_ranking(ranking)
+        self.info = ModelInfo(
+            name=name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__,
+            weights_sha256=weights_hash(model),
+            input_size=(channels, height, width),
+            mean=_per_channel("mean", mean or data["mean"], channels),
+            std=_per_channel("std", std or data["std"], channels),
+            patch_size=(embed.patch_size[0], embed.patch_size[1]),
+            grid=(embed.grid_size[0], embed.grid_size[1]),
+            num_prefix_tokens=prefix,
+            num_classes=expected.shape[-1],
+            ranking=self._ranking,
+            class_names=tuple(class_names),
+        )
+        self._check_dense(probe, expected)
+
+    def __call__(
+        self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, and on request the ranking score of each fed patch.
+
+        Args:
+            images: (B, C, H, W) float32 (float64 for a float64 model), normalised; differentiable.
+            cells: (B, K) int64 grid cells of the augmented images that are fed, any order; None feeds all.
+            offsets: (B, 3) or (1, 3) int64 rows of (dy, dx, flip); None is no augmentation.
+            scores: whether to compute scores.
+
+        Returns:
+            logits (B, classes), and (B, K) scores in the order of `cells`, or None; both in the dtype of `images`.
+
+        Raises:
+            SmiError: images of another size than the model's.
+        """
+        if images.shape[1:] != self.info.input_size:
+            C, H, W = self.info.input_size
+            raise SmiError(
+                f"images have shape {tuple(images.shape)}; expected (B, {C}, {H}, {W}) for {self.info.name}. "
+                f"Resize them or load the model with another img_size."
+            )
+        self._twin.patch_embed.cells, self._twin.patch_embed.offsets = cells, offsets
+        self._twin.patch_drop.cells = cells
+        self._features.clear()
+        if not scores:
+            return self._twin(images).to(images.dtype), None
+        tap = _AttentionTap()
+        with tap:
+            logits = self._twin(images)
+        return logits.to(images.dtype), self._score(tap.calls).to(images.dtype)
+
+    def watch(self, names: Sequence[str]) -> None:
+        """Make the outputs of these submodules (``blocks.3``, ``norm``, ...) available as `features` after each call.
+
+        Raises:
+            SmiError: no such submodule.
+        """
+        modules = dict(self._twin.named_modules())
+        for name in names:
+            if name not in modules:
+                raise SmiError(f"the model has no submodule {name!r} to take features from; e.g. 'blocks.0' exists.")
+            if name not in self._hooks:
+                self._hooks[name] = modules[name].register_forward_hook(
+                    lambda _module, _args, output, name=name: self._features.__setitem__(name, output)
+                )
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Outputs of the watched submodules in the last call, differentiable; tokens are prefix, then fed patches."""
+        return dict(self._features)
+
+    def weights(self) -> Iterator[Tensor]:
+        """Parameters and buffers as they run here, in this device and precision."""
+        yield from self._twin.parameters()
+        yield from self._twin.buffers()
+
+    def restore(self) -> nn.Module:
+        """Drop the twin and give back the caller's model, which is and was as it came."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._features.clear()
+        del self._twin
+        return self._original
+
+    def _resolve_ranking(self, wanted: Ranking) -> str:
+        has = {
+            "class_attention": self._twin.cls_token is not None,
+            "attention_pool": self._twin.attn_pool is not None,
+            "received_attention": True,
+        }
+        if wanted == "auto":
+            pools = self._twin.global_pool == "map"
+            order = ("attention_pool", "class_attention") if pools else ("class_attention", "attention_pool")
+            return next((name for name in order if has[name]), "received_attention")
+        if not has[wanted]:
+            raise SmiError(
+                f"ranking {wanted!r} needs {'a class token' if wanted == 'class_attention' else 'attention pooling'}, "
+                f"which this model has not; use {', '.join(repr(name) for name in has if has[name])} or 'auto'."
+            )
+        return wanted
+
+    def _score(self, calls: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+        """Scores of the fed patches from the attention calls of one forward; a pooling's call is the last."""
+        pooled, prefix = self._twin.attn_pool is not None, self._twin.num_prefix_tokens
+        if len(calls) < 1 + pooled:
+            raise SmiError(f"ranking {self._ranking!r} is not to be had: the last block makes no fused attention call.")
+        if self._ranking == "attention_pool":
+            query, key, scale = calls[-1]
+            row = smi_kernels.attention_row(query[:, :, 0], key, scale)
+            pools_prefix = getattr(self._twin, "pool_include_prefix", True)  # Eva has no such switch and always does
+            return row[:, prefix if pools_prefix else 0 :]
+        query, key, scale = calls[-1 - pooled]
+        if self._ranking == "class_attention":
+            return smi_kernels.attention_row(query[:, :, 0], key, scale)[:, prefix:]
+        return smi_kernels.received_attention(query, key, scale)[:, prefix:]
+
+    def _check_dense(self, probe: Tensor, expected: Tensor) -> None:
+        """Fed every patch in reverse, the slots must give what timm gave, and the ranking a score for each patch."""
+        cells = torch.arange(self.info.num_patches, device=self.device).flip(0)[None]
+        with torch.no_grad():
+            logits, scores = self(probe, cells, scores=True)
+        error = ((logits - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+        limit = 0.1 if self._twin.patch_embed.proj.weight.dtype == torch.bfloat16 else 1e-3
+        if not error <= limit:
+            raise SmiError(
+                f"{self.info.name} is not supported: fed all its patches, the sparse path differs from timm's own "
+                f"forward by {error:.1e} (relative; at most {limit:g} is expected)."
+            )
+        assert scores is not None
+        if scores.shape != cells.shape:
+            raise SmiError(
+                f"{self.info.name} is not supported: its {self._ranking} gives {scores.shape[1]} scores "
+                f"for {cells.shape[1]} patches."
+            )
+
+
+def unsupported_reasons(model: object) -> list[str]:
+    """Every reason why `model` cannot be made sparse; empty if it can."""
+    if not isinstance(model, nn.Module):
+        return [f"expected a torch.nn.Module, got {type(model).__name__}"]
+    if not isinstance(model, (VisionTransformer, Eva)):
+        return [
+            "expected a timm VisionTransformer or Eva (ViT, DeiT, DeiT-III, DINO, CLIP, SigLIP, EVA-02, ...), whose "
+            "patches can be left out one by one; windowed, convolutional and hierarchical models need the whole grid"
+        ]
+    reasons = []
+    embed = model.patch_embed
+    if not isinstance(embed, PatchEmbed):
+        return [f"its {type(embed).__name__} is not timm's PatchEmbed, so patches cannot be embedded apart"]
+    if tuple(embed.proj.kernel_size) != tuple(embed.patch_size) or tuple(embed.proj.stride) != tuple(embed.patch_size):
+        reasons.append("its patches overlap, so patches cannot be embedded apart")
+    if embed.img_size is None:
+        reasons.append("it has no fixed input size; create it with img_size=")
+    elif any(size % patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True)):
+        height, width = embed.img_size
+        reasons.append(
+            f"its input of {height} x {width} pixels is not a multiple of its patch of "
+            f"{embed.patch_size[0]} x {embed.patch_size[1]}; choose an img_size that is"
+        )
+    if not len(model.blocks):
+        reasons.append("it has no blocks")
+    return reasons
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``auto`` is the first GPU, else the CPU. Raises `SmiError` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise SmiError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SmiError(f"device is {device!r}, but no CUDA GPU is visible; use cpu or auto.")
+        if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+            raise SmiError(f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    elif chosen.type != "cpu":
+        raise SmiError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.")
+    return chosen
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of the state dict, in order of name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _frozen_twin(model: nn.Module) -> Any:
+    """A copy of the module tree on the same storage, with no parameter requiring a gradient."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo.update((id(buffer), buffer) for buffer in model.buffers())
+    return copy.deepcopy(model, memo)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = value.numel() - int(torch.isfinite(value).sum())
+            raise SmiError(
+                f"the weights are not finite: {bad} of {value.numel()} values of {name!r} are NaN or infinite. "
+                f"Use another checkpoint."
+            )
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == 1:
+        values = tuple(values) * channels
+    if len(values) != channels:
+        raise SmiError(f"{name} has {len(values)} values; expected one for each of the {channels} channels.")
+    if name == "std" and min(values) <= 0:
+        raise SmiError(f"std is {tuple(values)}; expected positive numbers.")
+    return tuple(float(value) for value in values)

@@ -1,0 +1,269 @@
+"""Everything that decides what an inversion computes, as one typed, validated, serialisable value.
+
+The mathematics is that of Hu et al., "Sparse Model Inversion", ICML 2024, section 3; the defaults are its published
+setting (appendix, "implementation details"). ``semantics`` chooses between what the paper says and what its code does;
+each finer option left at ``None`` follows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from smi.errors import SmiError, did_you_mean
+
+Semantics = Literal["strict", "official"]
+Jitter = Literal["patch", "pixel", "none"]
+Stopped = Literal["frozen", "evolve"]
+Scope = Literal["image", "batch"]
+ResultMask = Literal["carried", "reranked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One inversion, completely described but for the model and the targets.
+
+    Attributes:
+        strategy: which patches are fed: all (``dense``), the highest ranked (``sparse``), or a random choice of the
+            same number (``random``, the control that every claim about ranking needs). Dense ignores the schedule.
+        semantics: ``strict`` is what the paper says (a stopped patch is a constant), ``official`` what its published
+            code does (it goes on moving under the priors and Adam). See `resolved`.
+        iterations: number of update steps T.
+        prune_at: iterations t at which patches are stopped, 1 <= t < T, increasing, no two adjacent.
+        prune_ratio: share r of the surviving patches stopped at each, 0 < r < 1; floor(K (1 - r)) go on.
+        ranking: what patches are ranked by; ``auto`` takes the best signal the model has.
+        cross_entropy, tv1, tv2, l2: weights of the built-in objectives.
+        learning_rate, beta1, beta2, eps: Adam on the pixels, no weight decay.
+        flip: flip the batch (or image) horizontally with probability 1/2 as part of the augmentation.
+        jitter: ``patch`` shifts by whole patches (cells map exactly), ``pixel`` by any number of pixels (a patch goes
+            to the nearest cell, as published), ``none`` not at all. At most floor(H/8), floor(W/8) pixels.
+        augment_per: one draw of (dy, dx, flip) per image or for the whole batch.
+        stopped: ``frozen`` patches get exactly zero gradient, prior, momentum and update; ``evolve`` lets them move.
+        norm: TV and L2 norms per image or over the whole batch tensor (which couples the images of a batch).
+        result_mask: ``carried`` reports the patches really inverted, ``reranked`` ranks once more on a dense pass over
+            the final image and keeps floor((N + prefix) prod(1 - r)), as the published code does.
+        best: return each image's best iterate (lowest objective on an un-augmented evaluation, since the last
+            pruning) in place of the last one; evaluated every `best_every` iterations.
+        batch_size: images per batch; under official semantics part of the meaning (norms run over the batch).
+        seed: the one source of randomness, >= 0.
+        precision: arithmetic of the network; pixels, moments and losses are always float32.
+        tolerance: stop a batch early when the objective, averaged over `patience` iterations, improved by less than
+            this relative amount over the `patience` before, and the last pruning is past; 0 never stops.
+        patience: see `tolerance`.
+        snapshots: of how many images of each batch to keep 8-bit pictures at every pruning, for reports.
+    """
+
+    strategy: Literal["dense", "sparse", "random"] = "sparse"
+    semantics: Semantics = "strict"
+    iterations: int = 4000
+    prune_at: tuple[int, ...] = (50, 100, 200, 300)
+    prune_ratio: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
+    ranking: Literal["auto", "class_attention", "attention_pool", "received_attention"] = "auto"
+    cross_entropy: float = 1.0
+    tv1: float = 0.0
+    tv2: float = 1e-4
+    l2: float = 0.0
+    learning_rate: float = 0.25
+    beta1: float = 0.5
+    beta2: float = 0.99
+    eps: float = 1e-8
+    flip: bool = True
+    jitter: Jitter | None = None
+    augment_per: Scope | None = None
+    stopped: Stopped | None = None
+    norm: Scope | None = None
+    result_mask: ResultMask | None = None
+    best: bool = False
+    best_every: int = 20
+    batch_size: int = 32
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tolerance: float = 0.0
+    patience: int = 100
+    snapshots: int = 8
+
+    def __post_init__(self) -> None:
+        for field, kind in _types().items():
+            object.__setattr__(self, field, _convert(field, getattr(self, field), kind))
+        self._check_ranges()
+        self._check_schedule()
+
+    def _check_ranges(self) -> None:
+        at_least = {"iterations": 1, "batch_size": 1, "seed": 0, "patience": 1, "snapshots": 0, "best_every": 1}
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise SmiError(f"{name} is {getattr(self, name)}; expected at least {low}.")
+        for name in ("cross_entropy", "tv1", "tv2", "l2", "learning_rate", "eps", "tolerance"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise SmiError(f"{name} is {value}; expected a finite number >= 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SmiError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
+
+    def _check_schedule(self) -> None:
+        at, ratios = self.prune_at, self.prune_ratio
+        if len(at) != len(ratios):
+            raise SmiError(
+                f"prune_at has {len(at)} entries and prune_ratio has {len(ratios)}; give one ratio for each iteration."
+            )
+        for ratio in ratios:
+            if not 0 < ratio < 1:
+                raise SmiError(
+                    f"prune_ratio contains {ratio}; expected shares strictly between 0 and 1 (0.3 stops 30 %)."
+                )
+        for earlier, later in itertools.pairwise(at):
+            if later <= earlier:
+                raise SmiError(f"prune_at is {list(at)}; {later} follows {earlier}. Sort it, without repeats.")
+            if later == earlier + 1:
+                raise SmiError(
+                    f"prune_at contains the adjacent iterations {earlier} and {later}; the ranking needs one "
+                    f"un-augmented iteration before each pruning. Move one of them by at least 1."
+                )
+        if at and at[0] < 1:
+            raise SmiError(f"prune_at starts with {at[0]}; the first possible one is iteration 1 (0 has no ranking).")
+        if at and self.strategy != "dense" and at[-1] >= self.iterations:
+            raise SmiError(
+                f"prune_at contains {at[-1]}, but iterations is {self.iterations}. "
+                f"Raise iterations above {at[-1]} or prune earlier."
+            )
+
+    def resolved(self) -> Config:
+        """The same config with every option that follows `semantics` written out."""
+        strict = self.semantics == "strict"
+        follow: dict[str, Any] = {
+            "jitter": "patch" if strict else "pixel",
+            "augment_per": "image" if strict else "batch",
+            "stopped": "frozen" if strict else "evolve",
+            "norm": "image" if strict else "batch",
+            "result_mask": "carried" if strict else "reranked",
+        }
+        return dataclasses.replace(self, **{k: v for k, v in follow.items() if getattr(self, k) is None})
+
+    def schedule(self, num_patches: int) -> dict[int, int]:
+        """Pruning iteration -> patches kept from it on: floor(K (1 - r)) each ([SMI] algorithm 1).
+
+        Ratios are read as the decimals they are written as, so that 10 patches at 0.9 leave 1, not 0.
+        """
+        kept = num_patches
+        result: dict[int, int] = {}
+        if self.strategy == "dense":
+            return result
+        for t, ratio in zip(self.prune_at, self.prune_ratio, strict=True):
+            before, kept = kept, keep_count(kept, ratio)
+            if kept < 1:
+                raise SmiError(
+                    f"pruning {ratio:g} of {before} patches at iteration {t} leaves none; "
+                    f"use smaller ratios or fewer prunings (the model has {num_patches} patches)."
+                )
+            result[t] = kept
+        return result
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with `changes`; unknown names raise `SmiError` with the nearest valid one."""
+        known = _types()
+        for name in changes:
+            if name not in known:
+                raise SmiError(f"unknown config option {name!r}.{did_you_mean(name, known, limit=40)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: lists for tuples, ready for YAML and JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        return cls().replace(**data)
+
+    def save(self, path: str | Path) -> None:
+        """Write YAML that `load` reads back to an equal config."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read YAML: a mapping of option names to values, and optionally ``preset: NAME`` to start from.
+
+        Raises:
+            SmiError: no such file, not YAML, not a mapping, unknown option, wrong type or range.
+        """
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise SmiError(f"cannot read the config {str(path)!r}: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SmiError(f"the config {str(path)!r} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        if not isinstance(data, dict):
+            raise SmiError(f"the config {str(path)!r} holds {type(data).__name__}; expected option: value lines.")
+        base = preset(data.pop("preset")) if "preset" in data else cls()
+        return base.replace(**{str(k): v for k, v in data.items()})
+
+
+def keep_count(patches: int, ratio: float) -> int:
+    """floor(patches (1 - ratio)) in exact decimal arithmetic."""
+    return math.floor(patches * (1 - Fraction(repr(float(ratio)))))
+
+
+def _types() -> dict[str, Any]:
+    return get_type_hints(Config)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check `value` against the annotation `kind`; integers pass as floats, lists as tuples, nothing else is bent."""
+    options = get_args(kind)
+    if type(None) in options:
+        if value is None:
+            return None
+        return _convert(name, value, next(o for o in options if o is not type(None)))
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise SmiError(f"{name} is {value!r}.{did_you_mean(str(value), [str(o) for o in options])}")
+        return value
+    if get_origin(kind) is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise SmiError(f"{name} is {value!r}; expected a list of numbers.")
+        return tuple(_convert(f"{name}[{i}]", item, options[0]) for i, item in enumerate(value))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    raise SmiError(f"{name} is {value!r}; expected {'a number' if kind is float else kind.__name__}.")
+
+
+PRESETS: dict[str, Config] = {
+    # [SMI] section 4.1 and appendix: W/A quantization and knowledge transfer.
+    "paper-quant": Config(),
+    "paper-transfer": Config(batch_size=100),
+    "dense": Config(strategy="dense"),
+    # Calibration sets: accuracy after quantization hardly depends on iterations between 100 and 4000.
+    "fast": Config(iterations=400, prune_at=(25, 50, 100, 150)),
+    # The embedded teacher: 64, 44, 30, 21, 16 patches.
+    "demo": Config(
+        iterations=400, prune_at=(40, 80, 120, 160), prune_ratio=(0.3, 0.3, 0.3, 0.22), batch_size=40, tv2=1e-3
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The named preset. Raises `SmiError` with the nearest name."""
+    if name not in PRESETS:
+        raise SmiError(f"unknown preset {name!r}.{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,305 @@
+"""The inversion loop: Hu et al., "Sparse Model Inversion", ICML 2024, algorithm 1.
+
+Each iteration: prune if it is time, augment, feed the surviving patches, take the gradient of the loss with respect to
+the pixels, step Adam, clamp. The loop itself never waits for the device: losses stay there until somebody asks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+import smi_kernels
+from smi.adapters.timm import SparseModel
+from smi.augment import draw_offsets, initial_noise
+from smi.config import Config
+from smi.errors import SmiError
+from smi.flops import count_flops
+from smi.objectives import BUILT_IN, Context, Objective, Objectives
+from smi.state import Phase, Result
+from smi.strategies import STRATEGIES
+
+Loss = Objective | Callable[[Context], Tensor]
+
+
+class Inversion:
+    """One batch on its way from noise to images; step it yourself, or `run` it.
+
+    Args:
+        model: a supported timm model (not modified) or a `SparseModel`.
+        targets: B class indices, or (B, classes) probabilities.
+        config: what to compute; `Config.resolved` of it is what counts.
+        indices: image numbers, which key the random streams; default 0..B-1.
+        objectives: further loss terms: any ``callable(context) -> tensor``, or an `Objective` to weigh and name it.
+        device: where to run if `model` is a plain module; default where it is.
+
+    Attributes:
+        iteration: iterations done.
+        images: (B, C, H, W) float32 (float64 for a float64 model), the pixels, normalised.
+        keep: (B, K) int64, surviving patches in grid order.
+        offsets: (T, B or 1, 3) int64, the augmentation of every iteration: rows of (dy, dx, flip).
+        schedule: pruning iteration -> patches kept from it on.
+
+    Raises:
+        SmiError: targets out of range, a schedule that leaves no patch, an unsupported model, ...
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | SparseModel,
+        targets: Tensor | Sequence[int],
+        config: Config | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        objectives: Sequence[Loss] = (),
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.config = (config or Config()).resolved()
+        if not isinstance(model, SparseModel):
+            model = SparseModel(model, device=device, precision=self.config.precision, ranking=self.config.ranking)
+        self.model = model
+        info = model.info
+        self.targets = _check_targets(targets, info.num_classes).to(model.device)
+        B = self.targets.shape[0]
+        self.indices = list(range(B)) if indices is None else list(indices)
+        if len(self.indices) != B:
+            raise SmiError(f"there are {B} targets and {len(self.indices)} image numbers; give one for each.")
+        self.objectives = Objectives(self.config, objectives)
+        model.watch(self.objectives.features)
+        self.strategy = STRATEGIES[self.config.strategy](self.config, self.indices, info.num_patches)
+        self.schedule = self.strategy.schedule
+
+        size = (info.input_size[1], info.input_size[2])
+        self.images = initial_noise(self.config.seed, self.indices, info.input_size).to(model.device, model.dtype)
+        offsets = draw_offsets(self.config, self.indices, size, info.patch_size, self.strategy.still)
+        self.offsets = offsets.to(model.device)
+        self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
+        self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
+        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
+
+        T, N = self.config.iterations, info.num_patches
+        self.iteration = 0
+        self.keep = torch.arange(N, device=model.device).repeat(B, 1)
+        self._dropped_at = torch.full((B, N), T, dtype=torch.int32, device=model.device)
+        self._live_pixels: Tensor | None = None
+        self._scores: Tensor | None = None
+        names = [term.name for term in self.objectives.terms] + ["total"]
+        self._history = {name: torch.full((T,), torch.nan, device=model.device) for name in names}
+        self._snapshots: list[tuple[int, Tensor]] = []
+        self._phases: list[Phase] = []
+        self._phase_start = (0, 0.0)
+        self._seconds = 0.0
+        self._best: tuple[Tensor, Tensor] | None = None
+        self._converged = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all iterations are done, or the batch converged."""
+        return self._converged or self.iteration >= self.config.iterations
+
+    def step(self) -> None:
+        """One iteration."""
+        if self.done:
+            raise SmiError(f"this inversion is done after {self.iteration} iterations; ask it for its result().")
+        began = time.perf_counter()
+        t = self.iteration
+        if t in self.schedule:
+            self._prune(t)
+        self.images.requires_grad_(True)
+        context, self._scores = self._forward(self.offsets[t], scores=self.strategy.wants_scores(t))
+        loss, means = self.objectives(context)
+        (grad,) = torch.autograd.grad(loss, self.images)
+        self.images.requires_grad_(False)
+        smi_kernels.adam_clamp_(
+            self.images,
+            grad,
+            self._exp_avg,
+            self._exp_avg_sq,
+            step=t + 1,
+            lr=self.config.learning_rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            low=self._low,
+            high=self._high,
+            live=self._live_pixels,
+        )
+        for name, value in means.items():
+            self._history[name][t] = value
+        self.iteration += 1
+        past_prunings = self.iteration > max(self.schedule, default=0)
+        if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
+            self._track_best()
+        if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
+            self._converged = self._stalled()
+        self._seconds += time.perf_counter() - began
+
+    def run(self, progress: Callable[[Inversion], None] | None = None) -> Result:
+        """All remaining iterations; `progress` is called after each with this object."""
+        while not self.done:
+            self.step()
+            if progress is not None:
+                progress(self)
+        return self.result()
+
+    def latest(self) -> dict[str, float]:
+        """Means over the batch of each objective at the last iteration; waits for the device."""
+        if not self.iteration:
+            return {}
+        return {name: values[self.iteration - 1].item() for name, values in self._history.items()}
+
+    @torch.no_grad()
+    def result(self) -> Result:
+        """The images as they are now, with their masks, logits, losses and history."""
+        images = self.images if self._best is None else self._best[0]
+        keep, dropped_at = self.keep, self._dropped_at
+        if self.config.result_mask == "reranked" and self.schedule:
+            keep = self._rerank(images)
+        logits, _ = self.model(images, keep if self.schedule else None)
+        context = Context(self.iteration, images, logits, self.targets, keep, None)
+        snapshots = [*self._snapshots, (self.iteration, self._picture(images))]
+        phases = [*self._phases, *self._phase()]
+        return Result(
+            images=images.float().cpu().clone(),
+            keep=keep.cpu(),
+            dropped_at=dropped_at.clamp_max(self.iteration).cpu(),
+            targets=(self.targets if self.targets.ndim == 1 else self.targets.argmax(1)).cpu(),
+            indices=torch.tensor(self.indices),
+            logits=logits.float().cpu(),
+            losses={name: term(context).float().cpu() for name, term in BUILT_IN.items()},
+            history={name: values[: self.iteration].float().cpu() for name, values in self._history.items()},
+            snapshots=torch.stack([picture for _, picture in snapshots]).cpu(),
+            snapshot_at=[t for t, _ in snapshots],
+            phases=phases,
+        )
+
+    def _forward(self, offsets: Tensor | None, scores: bool = False) -> tuple[Context, Tensor | None]:
+        """Feed the surviving patches of the images under one augmentation."""
+        cells = None
+        if self.keep.shape[1] < self.model.info.num_patches:
+            cells = self.keep
+            if offsets is not None:
+                cells = smi_kernels.map_cells(cells, offsets, self.model.info.grid, self.model.info.patch_size)
+        logits, found = self.model(self.images, cells, offsets, scores)
+        context = Context(
+            step=self.iteration,
+            images=self.images,
+            logits=logits,
+            targets=self.targets,
+            keep=self.keep,
+            offsets=offsets,
+            features=self.model.features,
+            per_image=self.objectives.per_image,
+        )
+        return context, None if found is None else found.detach()
+
+    def _prune(self, t: int) -> None:
+        self._snapshots.append((t, self._picture(self.images)))
+        self._phases += self._phase()
+        self._phase_start = (t, self._seconds)
+        before = self._alive()
+        self.keep = self.strategy.select(t, self.keep, self._scores)
+        live = self._alive()
+        self._dropped_at = torch.where(before & ~live, t, self._dropped_at)
+        if self.config.stopped == "frozen":
+            self._live_pixels = smi_kernels.patch_mask(live, self.model.info.grid, self.model.info.patch_size)
+
+    def _alive(self) -> Tensor:
+        """(B, N) bool, whether each patch survives."""
+        return torch.zeros_like(self._dropped_at, dtype=torch.bool).scatter(1, self.keep, True)
+
+    def _rerank(self, images: Tensor) -> Tensor:
+        """The published result mask: the top floor((N + prefix) prod(1 - r)) of a dense pass over the final images."""
+        info = self.model.info
+        share = math.prod((1 - Fraction(repr(ratio)) for ratio in self.config.prune_ratio), start=Fraction(1))
+        count = max(1, min(math.floor((info.num_patches + info.num_prefix_tokens) * share), info.num_patches))
+        everything = torch.arange(info.num_patches, device=images.device).repeat(images.shape[0], 1)
+        _, scores = self.model(images, scores=True)
+        assert scores is not None
+        return smi_kernels.select_tokens(scores, everything, count)
+
+    @torch.no_grad()
+    def _track_best(self) -> None:
+        context, _ = self._forward(None)
+        value = self.objectives.each(context)
+        if self._best is None:
+            self._best = (self.images.clone(), value)
+            return
+        images, lowest = self._best
+        better = value < lowest
+        self._best = (torch.where(better.view(-1, 1, 1, 1), self.images, images), torch.where(better, value, lowest))
+
+    def _stalled(self) -> bool:
+        """Whether the last `patience` iterations lowered the mean objective by less than `tolerance` of it."""
+        patience, t = self.config.patience, self.iteration
+        if t - 2 * patience < max(self.schedule, default=0):
+            return False
+        total = self._history["total"]
+        before, after = (total[t - k * patience : t - (k - 1) * patience].mean() for k in (2, 1))
+        return bool(before - after < self.config.tolerance * before.abs())
+
+    def _phase(self) -> list[Phase]:
+        """The phase that ends now; nothing if it has no iterations."""
+        start, seconds = self._phase_start
+        if start == self.iteration:
+            return []
+        if self.model.device.type == "cuda":  # what was launched in this phase belongs to it
+            began = time.perf_counter()
+            torch.cuda.synchronize(self.model.device)
+            self._seconds += time.perf_counter() - began
+        kept = self.keep.shape[1]
+        flops = count_flops(self.model, kept) * self.images.shape[0] * (self.iteration - start)
+        return [Phase(start, self.iteration, kept, self._seconds - seconds, flops)]
+
+    def _picture(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 of the first images, still on their device."""
+        shown = images[: self.config.snapshots].detach()
+        shown = shown * self._std.view(-1, 1, 1) + self._mean.view(-1, 1, 1)
+        return (shown * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _check_targets(targets: Tensor | Sequence[int], num_classes: int) -> Tensor:
+    tensor = torch.as_tensor(targets)
+    if tensor.ndim == 2 and tensor.is_floating_point():
+        if tensor.shape[1] != num_classes:
+            raise SmiError(f"soft targets have {tensor.shape[1]} columns; expected {num_classes}, one for each class.")
+        if not torch.isfinite(tensor).all() or (tensor < 0).any() or not tensor.sum(1).sub(1).abs().lt(1e-3).all():
+            raise SmiError("soft targets are not probabilities; expected rows of numbers >= 0 that sum to 1.")
+        return tensor
+    if tensor.ndim != 1 or not len(tensor) or tensor.is_floating_point() or tensor.is_complex():
+        raise SmiError(
+            f"targets have shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected class indices (B,) or "
+            f"probabilities (B, {num_classes})."
+        )
+    wrong = tensor[(tensor < 0) | (tensor >= num_classes)]
+    if len(wrong):
+        raise SmiError(f"class {wrong[0].item()} does not exist; the model has classes 0 to {num_classes - 1}.")
+    return tensor.long()
+
+
+def invert(
+    model: nn.Module | SparseModel,
+    targets: Tensor | Sequence[int],
+    config: Config | None = None,
+    *,
+    objectives: Sequence[Loss] = (),
+    indices: Sequence[int] | None = None,
+    progress: Callable[[Inversion], None] | None = None,
+    device: str | torch.device | None = None,
+) -> Result:
+    """Invert one batch: images that `model` takes for `targets`, and the patches that were inverted to get there.
+
+    Arguments as for `Inversion`; `progress` is called after every iteration.
+
+    Example::
+
+        teacher = timm.create_model("deit_base_patch16_224.fb_in1k", pretrained=True)
+        result = smi.invert(teacher, targets=[1, 207, 281], config=smi.preset("fast"))
+        result.images, result.keep  # (3, 3, 224, 224) normalised, (3, 46) patch indices
+    """
+    return Inversion(model, targets, config, objectives=objectives, indices=indices, device=device).run(progress)

@@ -1,0 +1,122 @@
+"""Models by name: the embedded ones, any timm name with tag, ``hf-hub:``, ``local-dir:``, and local checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+
+from smi import embedded
+from smi.errors import SmiError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EMBEDDED = {"embedded:teacher": embedded.load_teacher, "embedded:judge": embedded.load_judge}
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool = True,
+) -> nn.Module:
+    """A model in evaluation mode on the CPU.
+
+    Args:
+        name: ``embedded:teacher``, a timm name with or without tag (``deit_tiny_patch16_224.fb_in1k``),
+            ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
+        checkpoint: ``.safetensors`` or ``.pth``/``.pt``/``.bin`` of that architecture, read without unpickling code;
+            a state dict, alone or under ``model``, ``state_dict``, ``state_dict_ema`` or ``model_ema``.
+        num_classes: length of the head; default the architecture's own.
+        img_size: input size, for architectures that can change it.
+        pretrained: fetch the published weights when no checkpoint is given; False leaves random weights.
+
+    Raises:
+        SmiError: unknown name or tag, weights not to be had, checkpoint missing, unreadable or of another architecture.
+    """
+    if name in EMBEDDED:
+        if checkpoint or num_classes or img_size:
+            raise SmiError(f"{name} is complete in itself; leave out checkpoint, num_classes and img_size.")
+        return EMBEDDED[name]()
+    kwargs: dict[str, Any] = {}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    from_registry = not name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if from_registry and not timm.is_model(name.split(".")[0]):
+        raise SmiError(f"unknown model {name!r}.{did_you_mean(name, [*EMBEDDED, *timm.list_models()])}")
+    try:
+        model = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise SmiError(f"{name} cannot be created with {kwargs or 'its defaults'}: {_first_line(error)}.") from error
+    except Exception as error:  # hub clients raise their own families for missing, gated and unreachable weights
+        if pretrained and checkpoint is None:
+            raise SmiError(
+                f"cannot get the published weights of {name!r}: {_first_line(error)}. Check the tag and the "
+                f"connection, give a checkpoint, or ask for random weights with pretrained=False (--no-pretrained)."
+            ) from error
+        raise SmiError(f"cannot create {name!r}: {_first_line(error)}.") from error
+    if checkpoint is not None:
+        _load_checkpoint(model, name, Path(checkpoint))
+    return model.eval()
+
+
+def _load_checkpoint(model: nn.Module, name: str, path: Path) -> None:
+    state = read_state_dict(path)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        detail = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
+        raise SmiError(
+            f"the checkpoint {str(path)!r} is of another architecture than {name}: {detail.rstrip('.')}. "
+            f"Name its own architecture, and num_classes and img_size if they differ from the default."
+        ) from None
+    if missing or unexpected:
+        example = f"it lacks {missing[0]!r}" if missing else f"it has an unexpected {unexpected[0]!r}"
+        counts = f"{len(missing)} missing, {len(unexpected)} unexpected of {len(state)} entries"
+        raise SmiError(
+            f"the checkpoint {str(path)!r} is of another architecture than {name}: {example} ({counts}). "
+            f"Name its own architecture."
+        )
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file, by name. Never runs code from the file.
+
+    Raises:
+        SmiError: no such file, not a checkpoint, or one that needs unpickling.
+    """
+    if not path.is_file():
+        raise SmiError(f"there is no checkpoint {str(path)!r}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded: Any = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise SmiError(
+            f"the checkpoint {str(path)!r} holds more than tensors and would have to run code to load; "
+            f"save its state_dict, best as .safetensors."
+        ) from None
+    except Exception as error:
+        raise SmiError(f"cannot read the checkpoint {str(path)!r}: {_first_line(error)}.") from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+        raise SmiError(f"the checkpoint {str(path)!r} holds no state dict (names to tensors).")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

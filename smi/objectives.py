@@ -1,0 +1,147 @@
+"""What an inversion minimises: weighted terms, each a plain function of a `Context`, built in or the user's.
+
+A term sees the same things whatever the strategy, so a loss written for dense inversion runs unmodified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import smi_kernels
+from smi.config import Config
+from smi.errors import SmiError
+
+
+@dataclass
+class Context:
+    """One iteration as a loss sees it.
+
+    Attributes:
+        step: iteration t, from 0.
+        images: (B, C, H, W) the pixels being optimised, un-augmented; differentiable.
+        logits: (B, classes) of the fed patches; differentiable.
+        targets: (B,) int64 classes, or (B, classes) probabilities.
+        keep: (B, K) int64 surviving patches, un-augmented positions.
+        offsets: (B, 3) or (1, 3) int64 rows of (dy, dx, flip), or None when this iteration is not augmented.
+        features: outputs of the submodules the objective asked for by name; tokens are prefix, then fed patches.
+        per_image: whether norms are taken image by image (strict semantics) or over the batch.
+    """
+
+    step: int
+    images: Tensor
+    logits: Tensor
+    targets: Tensor
+    keep: Tensor
+    offsets: Tensor | None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    per_image: bool = True
+
+    @cached_property
+    def augmented(self) -> Tensor:
+        """(B, C, H, W) the images as the network saw them, before patches were left out; differentiable."""
+        return self.images if self.offsets is None else smi_kernels.augment(self.images, self.offsets)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted term of the loss.
+
+    Attributes:
+        function: ``function(context)`` gives one value for each image, (B,), or a scalar: their mean.
+        weight: factor, finite.
+        name: key in histories; default the function's own name.
+        features: submodules of the model (``blocks.3``) whose outputs `function` reads from ``context.features``.
+    """
+
+    function: Callable[[Context], Tensor]
+    weight: float = 1.0
+    name: str = ""
+    features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
+
+
+def cross_entropy(context: Context) -> Tensor:
+    """(B,) cross-entropy with hard (B,) or soft (B, classes) targets."""
+    return F.cross_entropy(context.logits, context.targets, reduction="none")
+
+
+def tv1(context: Context) -> Tensor:
+    """Total variation, mean absolute differences; (B,) or, over the batch, a scalar."""
+    return smi_kernels.tv_l1(context.images, per_image=context.per_image)
+
+
+def tv2(context: Context) -> Tensor:
+    """Total variation, Frobenius norms; (B,) or, over the batch, a scalar."""
+    return smi_kernels.tv_l2(context.images, per_image=context.per_image)
+
+
+def l2(context: Context) -> Tensor:
+    """Euclidean norm of the pixels; (B,) or, over the batch, a scalar."""
+    return smi_kernels.l2_norm(context.images, per_image=context.per_image)
+
+
+BUILT_IN = {"cross_entropy": cross_entropy, "tv1": tv1, "tv2": tv2, "l2": l2}
+
+
+class Objectives:
+    """The built-in terms with the config's weights, and the user's, as one differentiable scalar.
+
+    With per-image norms the total is the sum over images of per-image losses, so that one image's gradient does not
+    depend on how many others are in its batch; a scalar term then counts once for each image. With batch norms it is
+    the batch mean of per-image terms plus the scalars, as published.
+    """
+
+    def __init__(self, config: Config, extra: Sequence[Objective | Callable[[Context], Tensor]] = ()) -> None:
+        weights = {name: getattr(config, name) for name in BUILT_IN}
+        self.terms = [Objective(BUILT_IN[name], weight, name) for name, weight in weights.items() if weight]
+        self.terms += [term if isinstance(term, Objective) else Objective(term) for term in extra]
+        self.per_image = config.norm == "image"
+        names = [term.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1 or name == "total":
+                raise SmiError(f"two objectives are called {name!r}; give one of them another name=.")
+        if not self.terms:
+            raise SmiError("every objective has weight 0, so there is nothing to minimise; give one a positive weight.")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Submodules that some term wants to see."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.features))
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and the detached mean over images of each unweighted term and of ``total``."""
+        B = context.images.shape[0]
+        total = context.images.new_zeros(())
+        means: dict[str, Tensor] = {}
+        for term in self.terms:
+            value = self._evaluate(term, context)
+            mean = value.mean()
+            total = total + (term.weight * B if self.per_image else term.weight) * mean
+            means[term.name] = mean.detach()
+        means["total"] = total.detach() / B if self.per_image else total.detach()
+        return total, means
+
+    def each(self, context: Context) -> Tensor:
+        """(B,) weighted objective of each image; terms that only exist for the batch count equally for all."""
+        B = context.images.shape[0]
+        return torch.stack([term.weight * self._evaluate(term, context).expand(B) for term in self.terms]).sum(0)
+
+    @staticmethod
+    def _evaluate(term: Objective, context: Context) -> Tensor:
+        value = term.function(context)
+        if not isinstance(value, Tensor) or value.shape not in ((), (context.images.shape[0],)):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise SmiError(
+                f"objective {term.name!r} returned {got}; expected a scalar tensor or one value for each of the "
+                f"{context.images.shape[0]} images."
+            )
+        return value

@@ -1,0 +1,130 @@
+"""What goes into an inversion and what comes out of it, as plain values that files and reports can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from smi.errors import SmiError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Identity and geometry of the model that was inverted; two runs on one pool must agree on all of it.
+
+    Attributes:
+        name: what the user asked for (timm name with tag, path, ``embedded:teacher``).
+        weights_sha256: hash over all parameters and persistent buffers, by name, in float32 or their own integer type.
+        input_size: (C, H, W) in pixels.
+        mean, std: per channel, of the model's own data config.
+        patch_size, grid: (height, width), in pixels and in patches.
+        num_prefix_tokens: class, distillation and register tokens.
+        num_classes: length of the logits.
+        ranking: resolved ranking signal.
+        class_names: one per logit where known, else empty.
+    """
+
+    name: str
+    weights_sha256: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    num_classes: int
+    ranking: str
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def label(self, target: int) -> str:
+        """Readable name of a class index: the class name, else the number."""
+        return self.class_names[target] if self.class_names else str(target)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of iterations with one number of fed patches.
+
+    Attributes:
+        start, stop: iterations, half open.
+        kept: patches fed for each image.
+        seconds: wall-clock time.
+        flops: floating-point operations of the network's forward and input-only backward, whole batch, all iterations.
+    """
+
+    start: int
+    stop: int
+    kept: int
+    seconds: float
+    flops: int
+
+
+@dataclass
+class Result:
+    """One finished batch; every tensor on the CPU.
+
+    Attributes:
+        images: (B, C, H, W) float32 in the model's normalised space; stopped patches hold whatever they held.
+        keep: (B, K) int64, surviving patches of each image in grid order, 0-based, prefix tokens not counted.
+        dropped_at: (B, N) int32, iteration at which each patch was stopped; if it never was, the iterations done.
+        targets: (B,) int64 class indices.
+        indices: (B,) int64 image numbers within the work plan.
+        logits: (B, classes) float32, the teacher's on the kept patches, un-augmented.
+        losses: name -> (B,) float32: the built-in objectives of each final image, unweighted.
+        history: name -> (iterations,) float32: mean over the batch of each objective, unweighted, and ``total``.
+        snapshots: (S, n, C, H, W) uint8 pictures of the first n images at `snapshot_at`, the last being the result.
+        snapshot_at: S iterations.
+        phases: in order.
+    """
+
+    images: Tensor
+    keep: Tensor
+    dropped_at: Tensor
+    targets: Tensor
+    indices: Tensor
+    logits: Tensor
+    losses: dict[str, Tensor]
+    history: dict[str, Tensor]
+    snapshots: Tensor
+    snapshot_at: list[int]
+    phases: list[Phase] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """Which images are made: image i always has target ``targets[i]`` and belongs to batch ``i // batch_size``."""
+
+    targets: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.targets) // self.batch_size)
+
+    def batch(self, number: int) -> range:
+        """Image numbers of batch `number`; the last batch may be short."""
+        return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.targets)))
+
+    @classmethod
+    def balanced(cls, classes: Sequence[int], num_images: int, batch_size: int, num_classes: int) -> WorkPlan:
+        """`num_images` images whose targets go round and round through `classes`.
+
+        Raises:
+            SmiError: no class, a class outside ``range(num_classes)``, no image.
+        """
+        if not classes:
+            raise SmiError("no class was given; name at least one, e.g. 0.")
+        for target in classes:
+            if not 0 <= target < num_classes:
+                raise SmiError(f"class {target} does not exist; the model has classes 0 to {num_classes - 1}.")
+        if num_images < 1:
+            raise SmiError(f"{num_images} images were asked for; expected at least 1.")
+        return cls(tuple(classes[i % len(classes)] for i in range(num_images)), batch_size)

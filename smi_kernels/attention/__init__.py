@@ -1,0 +1,1 @@
+"""Attention probabilities of single rows, where a ranking needs them."""

@@ -1,0 +1,1 @@
+"""Smoothness and magnitude of images."""

@@ -1,0 +1,1 @@
+"""From pixels to the tokens of the kept patches, under a roll and a flip."""

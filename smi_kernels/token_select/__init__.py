@@ -1,0 +1,1 @@
+"""Which tokens go on: rank, cut, compact."""
