@@ -105,7 +105,7 @@ class SparseModel:
         ranking: what patches are ranked by; ``auto`` takes the class token's attention in the last block, else the
             attention pooling's, else the attention each patch receives in the last block.
         mean, std: per channel; default the model's own data config.
-        class_names: one for each logit, for people.
+        class_names: one for each logit, for people; default what the model's own config says.
 
     Raises:
         SmiError: not a supported model (with the reason), weights not finite, ranking not to be had, device missing,
@@ -154,9 +154,11 @@ class SparseModel:
         self._hooks: dict[str, Any] = {}
 
         data = resolve_model_data_config(model)
+        card = getattr(model, "pretrained_cfg", None) or {}
+        labels = tuple(class_names or card.get("label_names") or ())
         self._ranking = self._resolve_ranking(ranking)
         self.info = ModelInfo(
-            name=name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__,
+            name=name or card.get("architecture") or type(model).__name__,
             weights_sha256=weights_hash(model),
             input_size=(channels, height, width),
             mean=_per_channel("mean", mean or data["mean"], channels),
@@ -166,7 +168,7 @@ class SparseModel:
             num_prefix_tokens=prefix,
             num_classes=expected.shape[-1],
             ranking=self._ranking,
-            class_names=tuple(class_names),
+            class_names=labels if len(labels) == expected.shape[-1] else (),
         )
         self._check_dense(probe, expected)
 
