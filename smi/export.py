@@ -1,0 +1,191 @@
+"""A pool in the forms other programs read: an image folder, NumPy arrays, calibration data for onnxruntime."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smi.dataset import Fill, fill_dropped, open_filled
+from smi.errors import SmiError, did_you_mean
+from smi.pool import Pool, encode_png, slug, to_pixels, writing
+from smi.state import ModelInfo, Result
+
+FORMATS = ("imagefolder", "npy")
+_OWN_FILE = re.compile(r"metadata\.jsonl|images\.npy|targets\.npy|[a-z0-9-]+/\d{6,}\.png")
+_OWN_FOLDER = re.compile(r"[a-z0-9-]+")
+
+
+def export_pool(
+    pool: Pool | str | Path, out: str | Path, format: str, *, fill: Fill = "as-is", overwrite: bool = False
+) -> Path:
+    """Write the images present in `pool` to the new folder `out`, which appears only when all of it is there.
+
+    ``imagefolder``: ``out/<class label>/<image number>.png`` and ``out/metadata.jsonl``, one line for each image with
+    file_name (relative), label, target, kept (number of patches), keep (their indices) and confidence (the teacher's
+    softmax of the target). ``npy``: ``out/images.npy`` (N, C, H, W) float32 in the model's normalised space and
+    ``out/targets.npy`` (N,) int64. Memory is bounded by one batch.
+
+    Args:
+        fill: what dropped patches show, see `smi.dataset.fill_dropped`.
+        overwrite: replace an earlier export; a folder that holds anything else is never touched.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        SmiError: unknown format or fill, empty or damaged pool, `out` exists, full disk, read-only folder.
+    """
+    if format not in FORMATS:
+        raise SmiError(f"unknown export format {format!r}.{did_you_mean(str(format), FORMATS)}")
+    pool, out = open_filled(pool, fill), Path(os.path.abspath(out))
+    if os.path.lexists(out):
+        if not overwrite:
+            raise SmiError(f"{str(out)!r} already exists; choose another folder, or replace it with overwrite.")
+        if not _is_export(out):
+            raise SmiError(
+                f"{str(out)!r} holds more than an earlier export and is not replaced; choose another folder."
+            )
+    temp = out.with_name(f".{out.name}.smi-tmp-{secrets.token_hex(4)}")
+    with writing(out):
+        try:
+            _remove_stale(out)
+            os.makedirs(temp)
+            (_write_imagefolder if format == "imagefolder" else _write_npy)(pool, temp, fill)
+            _put(temp, out)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+    return out
+
+
+class CalibrationReader:
+    """Feeds a pool to ``onnxruntime.quantization`` as a ``CalibrationDataReader``, which is recognised by `get_next`.
+
+    Args:
+        pool: a pool or its folder.
+        input_name: name of the ONNX model's image input, which takes images normalised as the pool's model does.
+        batch_size: images for each call; the last may have fewer.
+        fill: what dropped patches show, see `smi.dataset.fill_dropped`.
+
+    Raises:
+        SmiError: empty or unusable pool, unknown fill, `batch_size` below 1; a damaged shard when it is reached.
+    """
+
+    def __init__(self, pool: Pool | str | Path, input_name: str, batch_size: int = 1, fill: Fill = "as-is") -> None:
+        if batch_size < 1:
+            raise SmiError(f"batch_size is {batch_size}; expected at least 1.")
+        self.pool, self.input_name, self.batch_size = open_filled(pool, fill), input_name, batch_size
+        self.fill: Fill = fill
+        self.rewind()
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """{input_name: (batch, C, H, W) float32}, or None after the last image."""
+        images = next(self._batches, None)
+        return None if images is None else {self.input_name: images.numpy()}
+
+    def rewind(self) -> None:
+        """Start again with the first image."""
+        self._batches = self._rebatched()
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        return iter(self.get_next, None)
+
+    def _rebatched(self) -> Iterator[Tensor]:
+        waiting = torch.empty(0, *self.pool.info.input_size)
+        for images, *_ in _filled(self.pool, self.fill):
+            waiting = torch.cat([waiting, images])
+            while len(waiting) >= self.batch_size:
+                yield waiting[: self.batch_size]
+                waiting = waiting[self.batch_size :]
+        if len(waiting):
+            yield waiting
+
+
+def _filled(pool: Pool, fill: Fill) -> Iterator[tuple[Tensor, Result]]:
+    """The batches present, each with its images (B, C, H, W) float32 filled."""
+    for result in pool:
+        yield fill_dropped(result.images, result.keep, result.indices, pool.info, pool.config.seed, fill), result
+
+
+def _write_imagefolder(pool: Pool, folder: Path, fill: Fill) -> None:
+    names = _class_folders(pool.info)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        for images, result in _filled(pool, fill):
+            pictures = to_pixels(images, pool.info)
+            confidence = result.logits.softmax(1).gather(1, result.targets[:, None])[:, 0].tolist()
+            for i, (index, target) in enumerate(zip(result.indices.tolist(), result.targets.tolist(), strict=True)):
+                file_name = f"{names[target]}/{index:06d}.png"
+                os.makedirs(folder / names[target], exist_ok=True)
+                (folder / file_name).write_bytes(encode_png(pictures[i]))
+                keep = result.keep[i].tolist()
+                line = {
+                    "file_name": file_name,
+                    "label": pool.info.label(target),
+                    "target": target,
+                    "kept": len(keep),
+                    "keep": keep,
+                    "confidence": confidence[i],
+                }
+                metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _class_folders(info: ModelInfo) -> list[str]:
+    """A folder name for each class: its label as a slug, with the class index behind it unless slugs tell all apart."""
+    slugs = [slug(info.label(target)) for target in range(info.num_classes)]
+    if all(slugs) and len(set(slugs)) == len(slugs):
+        return slugs
+    return [f"{name}-{target}".lstrip("-") for target, name in enumerate(slugs)]
+
+
+def _write_npy(pool: Pool, folder: Path, fill: Fill) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(pool), *pool.info.input_size)}
+    targets = []
+    # Written, not memory-mapped: on a full disk a write raises, touching a mapped page kills the process.
+    with open(folder / "images.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for images, result in _filled(pool, fill):
+            file.write(images.numpy().astype("<f4", copy=False).tobytes())
+            targets += result.targets.tolist()
+    np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
+
+
+def _is_export(out: Path) -> bool:
+    """True for a folder that is empty or holds nothing but what an export writes."""
+    if out.is_symlink() or not out.is_dir():
+        return False
+    paths = [(path, path.relative_to(out).as_posix()) for path in out.rglob("*")]
+    own = all((_OWN_FOLDER if path.is_dir() else _OWN_FILE).fullmatch(name) for path, name in paths)
+    return own and (not paths or any(name in ("metadata.jsonl", "images.npy") for _, name in paths))
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what a killed export to `out` left beside it."""
+    stale = re.compile(re.escape(f".{out.name}.smi-tmp-") + "[0-9a-f]{8}")
+    for name in os.listdir(out.parent) if out.parent.is_dir() else []:
+        if stale.fullmatch(name):
+            shutil.rmtree(out.parent / name)
+
+
+def _put(temp: Path, out: Path) -> None:
+    """Rename `temp` to `out`; an earlier export there goes only when the new one is in its place."""
+    if not out.exists():
+        os.rename(temp, out)
+        return
+    old = out.with_name(f".{out.name}.smi-old-{secrets.token_hex(4)}")
+    os.rename(out, old)
+    try:
+        os.rename(temp, out)
+    except BaseException:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old)
