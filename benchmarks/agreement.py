@@ -23,7 +23,7 @@ import torch
 import smi
 from benchmarks.timing import environment
 from smi.adapters.timm import resolve_device
-from smi.augment import initial_noise
+from smi.augment import NOISE, normal_images
 from smi.embedded import load_judge
 from smi.report_data import Tally
 
@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def noise_result(model: smi.SparseModel, like: smi.Result, config: smi.Config) -> smi.Result:
     """The starting noise of the same images, all patches kept: what no inversion at all gives."""
-    images = initial_noise(config.seed, like.indices.tolist(), model.info.input_size)
+    images = normal_images(config.seed, NOISE, like.indices.tolist(), model.info.input_size)
     with torch.no_grad():
         logits, _ = model(images.to(model.device))
     keep = torch.arange(model.info.num_patches).repeat(len(images), 1)

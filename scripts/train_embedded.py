@@ -12,8 +12,9 @@ inversion, which is asked afterwards what it sees in the synthetic images.
 ``--download`` lets torchvision fetch the original CIFAR-10 into it. Training can be interrupted: the state after the
 last finished epoch lies in ``--work`` and the same command goes on from there.
 
-Writes ``<name>_cifar10.safetensors`` (float16) and ``<name>_cifar10.json`` (data, recipe, seed, versions and the
-top-1 accuracy of the float16 weights on the 10,000 test images).
+Writes ``<name>_cifar10.safetensors`` (float16), ``<name>_cifar10.json`` (data, recipe, seed, versions and the top-1
+accuracy of the float16 weights on the 10,000 test images), and ``MODEL_CARD.md`` from all such JSON files in that
+folder; ``python scripts/train_embedded.py card --out smi/assets`` does only the last.
 """
 
 from __future__ import annotations
@@ -219,10 +220,41 @@ def train(name: str, recipe: Recipe, data: Path, work: Path, download: bool, com
     return model, {"card": card, "weights": half}
 
 
+def model_card(folder: Path) -> str:
+    """Markdown for people, made from the JSON cards of a folder."""
+    lines = [
+        "# The embedded networks",
+        "",
+        "Made by `scripts/train_embedded.py`, which writes this page from the JSON files beside it. The weights are",
+        "float16; accuracy is that of these float16 weights, computed in float32 on the 10,000 test images.",
+        "",
+        "The teacher is what the demo inverts. The judge is of another architecture, trained apart from another seed,",
+        "and never used in an inversion: it is asked afterwards what it sees in the images. Both exist to make the",
+        "package testable and its demo self-contained; they are no classifiers to build on. CIFAR-10 is 32 x 32 pixels",
+        "and ten classes; nothing about larger models follows from them.",
+    ]
+    for path in sorted(folder.glob("*_cifar10.json"), reverse=True):
+        card = json.loads(path.read_text())
+        recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
+        lines += [
+            "",
+            f"## {card['name'].removesuffix('_cifar10')}",
+            "",
+            f"- Architecture: {card['architecture']} {card['parameters']:,} parameters, {card['bytes']:,} bytes.",
+            f"- **Test top-1: {card['test_top1']:.2%}** on {card['test_images']:,} images.",
+            f"- Data: {card['data']}, stored as JPEG. Normalised with mean {MEAN}, std {STD}.",
+            f"- Recipe: {recipe}.",
+            f"- Training: {card['training_hardware']}, {card['training_seconds']:,} s (other work ran beside it), "
+            f"torch {card['versions']['torch']}, timm {card['versions']['timm']}.",
+            f"- SHA-256: `{card['sha256']}`",
+        ]
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(RECIPES))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("name", choices=[*sorted(RECIPES), "card"])
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("training"))
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
@@ -230,6 +262,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step (needs a C++ compiler)")
     args = parser.parse_args()
 
+    if args.name == "card":
+        (args.out / "MODEL_CARD.md").write_text(model_card(args.out))
+        return
     recipe = RECIPES[args.name]
     if args.epochs:
         recipe = Recipe(**{**asdict(recipe), "epochs": args.epochs})
@@ -239,6 +274,7 @@ def main() -> None:
     safetensors.torch.save_file(result["weights"], path)
     card = {**result["card"], "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (args.out / f"{args.name}_cifar10.json").write_text(json.dumps(card, indent=2) + "\n")
+    (args.out / "MODEL_CARD.md").write_text(model_card(args.out))
     print(json.dumps(card, indent=2))
 
 

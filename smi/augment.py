@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smi.config import Config
 
-NOISE, AUGMENT, RANKING = range(3)
+NOISE, AUGMENT, RANKING, FILL = range(4)
 
 
 def stream(seed: int, purpose: int, image: int) -> np.random.Generator:
@@ -22,10 +22,11 @@ def stream(seed: int, purpose: int, image: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, image))))
 
 
-def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+def normal_images(seed: int, purpose: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """(B, *shape) float32, N(0, 1), one stream for each image."""
-    noise = np.stack([stream(seed, NOISE, i).standard_normal(shape, dtype=np.float32) for i in indices])
-    return torch.from_numpy(noise)
+    return torch.from_numpy(
+        np.stack([stream(seed, purpose, i).standard_normal(shape, dtype=np.float32) for i in indices])
+    )
 
 
 def draw_offsets(

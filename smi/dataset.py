@@ -8,11 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smi.augment import FILL, normal_images
 from smi.errors import SmiError, did_you_mean
 from smi.pool import Pool
 from smi.state import ModelInfo, Result
@@ -127,10 +127,7 @@ def fill_dropped(images: Tensor, keep: Tensor, indices: Tensor, info: ModelInfo,
     if fill == "as-is":
         return images.clone()
     if fill == "noise":
-        shape = info.input_size
-        streams = (np.random.Philox(np.random.SeedSequence([seed, index])) for index in indices.tolist())
-        noise = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
-        value = torch.from_numpy(np.stack(noise))
+        value = normal_images(seed, FILL, indices.tolist(), info.input_size)
     else:
         black = -torch.tensor(info.mean, dtype=torch.float32) / torch.tensor(info.std, dtype=torch.float32)
         value = (black if fill == "black" else torch.zeros_like(black))[:, None, None]

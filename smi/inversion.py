@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import smi_kernels
 from smi.adapters.timm import SparseModel
-from smi.augment import draw_offsets, initial_noise
+from smi.augment import NOISE, draw_offsets, normal_images
 from smi.config import Config
 from smi.errors import SmiError
 from smi.flops import count_flops
@@ -75,7 +75,9 @@ class Inversion:
         self.schedule = self.strategy.schedule
 
         size = (info.input_size[1], info.input_size[2])
-        self.images = initial_noise(self.config.seed, self.indices, info.input_size).to(model.device, model.dtype)
+        self.images = normal_images(self.config.seed, NOISE, self.indices, info.input_size).to(
+            model.device, model.dtype
+        )
         offsets = draw_offsets(self.config, self.indices, size, info.patch_size, self.strategy.still)
         self.offsets = offsets.to(model.device)
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)

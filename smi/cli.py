@@ -1,0 +1,449 @@
+"""The command line: thin commands over the library, one line for every error a user can mend."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from smi._version import __version__
+from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options, parse_duration
+from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
+from smi.errors import SmiError
+
+if TYPE_CHECKING:
+    from smi.predict import Prediction
+    from smi.run import RunSummary
+    from smi.state import ModelInfo
+
+# timm's modules whose models have the patch_drop slot on an embedding that can be taken apart.
+_TIMM_MODULES = ("vision_transformer", "deit", "eva")
+_MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, on the same careful way out as Ctrl-C."""
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can mend into one line on stderr and an exit code: 2 error, 130 Ctrl-C, 143 SIGTERM."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            again = "; run the same command again to go on" if ctx.invoked_subcommand == "invert" else ""
+            _fail(f"{'stopped' if isinstance(stop, Terminated) else 'interrupted'}{again}", _stop_code(stop), "")
+        except (SmiError, OSError, RuntimeError) as error:
+            line = _one_line(error)
+            if line is None or ctx.params.get("debug"):
+                raise
+            _fail(line, 2)
+
+
+def _stop_code(stop: KeyboardInterrupt) -> int:
+    return 143 if isinstance(stop, Terminated) else 130
+
+
+def _fail(line: str, code: int, prefix: str = "error: ") -> NoReturn:
+    print(f"{prefix}{line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user, or None for what is not the user's to mend."""
+    if isinstance(error, SmiError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror}." if error.errno in _MENDABLE else None
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU has too little memory; use a smaller --batch-size, or --precision bf16."
+    return None
+
+
+app = typer.Typer(
+    name="smi",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Training-like images out of a frozen Vision Transformer, from fewer and fewer of its patches.",
+    epilog="Start with [bold]smi invert[/bold]: it needs no data, no download and no GPU.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"smi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SMI_DEBUG", help="Show the traceback of an error (or SMI_DEBUG=1).")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def stop(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def invert(options: InvertOptions) -> None:
+    """Invert a model: make images of its classes, with the patches that matter, in a pool on disk.
+
+    Every finished batch is kept: stop at any time and run the same command again to go on.
+
+    [bold]Examples[/bold]
+
+      smi invert
+
+      smi invert deit_base_patch16_224.fb_in1k -n 64
+
+      smi invert embedded:teacher --classes cat,dog --per-class 8
+
+      smi invert vit_small_patch16_224 --preset fast --time-budget 30m
+
+      smi invert deit_tiny_patch16_224 --prune-at 50,100 --prune-ratio .3,.3
+    """
+    if options.dry_run:
+        _plan(options)
+        return
+    with _sigterm_as_interrupt():
+        _invert(options)
+
+
+def plan(options: InvertOptions) -> None:
+    """Predict time, memory and disk of an inversion; takes the options of [bold]smi invert[/bold].
+
+    Arithmetic is counted, time is measured on a few real iterations of each phase.
+
+    [bold]Example[/bold]
+
+      smi plan deit_base_patch16_224.fb_in1k -n 128 --preset paper-quant
+    """
+    _plan(options)
+
+
+def _invert(options: InvertOptions) -> None:
+    config = options.make_config()
+    model = options.load(config)
+    plan = options.make_plan(model.info, config)
+    out = options.pool(config)
+
+    from smi.run import run
+
+    console = Console(stderr=True)
+    reporter: Reporter
+    if options.json:
+        reporter = JsonReporter(model.info, plan, config)
+    elif console.is_terminal:
+        reporter = BarReporter(console, model.info, plan, config)
+    else:
+        reporter = LineReporter(console, model.info, plan, config)
+
+    def opened(missing: list[int]) -> None:
+        reporter.open(missing)
+        if options.json:
+            emit(
+                "start",
+                out=str(out),
+                model=asdict(model.info),
+                config=config.to_dict(),
+                device=str(model.device),
+                images=len(plan.targets),
+                batches=plan.num_batches,
+                missing=missing,
+            )
+
+    with reporter:
+        done = run(
+            model,
+            plan,
+            config,
+            out,
+            overwrite=options.overwrite,
+            time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
+            on_open=opened,
+            on_iteration=reporter.iteration,
+            on_batch=reporter.batch,
+        )
+    _conclude(options, done)
+
+
+def _conclude(options: InvertOptions, done: RunSummary) -> None:
+    from smi.report import summary
+
+    facts = summary(done.path)
+    if options.json:
+        emit("done", run={**asdict(done), "path": str(done.path)}, pool=facts)
+        return
+    if done.batches_done:
+        print(f"{done.images_done} images in {duration(done.seconds)}, pictures in {done.path / 'png'}")
+    else:
+        print(f"nothing to do: the pool {done.path} is complete ({done.images_found} images)")
+    _print_agreement(facts)
+    if not done.complete:
+        print(f"{done.images_left} images in {done.batches_left} batches are left; run the same command again to go on")
+    print(f"next: {_command('smi', 'report', done.path)}")
+
+
+def _print_agreement(facts: dict[str, Any]) -> None:
+    print(f"teacher agrees on {facts['teacher_agreement']:.1%} of the images")
+    judged = facts.get("judge_agreement")
+    if judged:
+        ways = ", ".join(f"{share:.1%} ({fill})" for fill, share in judged.items())
+        print(f"an independent network agrees on {ways}")
+
+
+def _command(*words: str | Path) -> str:
+    import shlex
+
+    return shlex.join(str(word) for word in words)
+
+
+def _plan(options: InvertOptions) -> None:
+    config = options.make_config()
+    model = options.load(config)
+    plan = options.make_plan(model.info, config)
+
+    from smi.predict import predict
+
+    prediction = predict(model, plan, config)
+    if options.json:
+        emit(
+            "plan",
+            model=asdict(model.info),
+            config=config.to_dict(),
+            out=str(options.pool(config)),
+            **asdict(prediction),
+        )
+    else:
+        _print_prediction(prediction, model.info, str(model.device))
+
+
+def _print_prediction(prediction: Prediction, info: ModelInfo, device: str) -> None:
+    table = Table(title=f"{info.name} on {device}, one batch", title_justify="left")
+    for name in ("iterations", "patches", "GFLOP each", "s each", "time"):
+        table.add_column(name, justify="right")
+    for phase in prediction.phases:
+        table.add_row(
+            f"{phase.start}-{phase.stop - 1}",
+            f"{phase.kept}",
+            f"{phase.flops / 1e9:.2f}",
+            f"{phase.seconds:.3f}",
+            duration(phase.seconds * phase.iterations),
+        )
+    Console().print(table)
+    how = "measured" if prediction.memory_measured else "estimated"
+    print(f"images  {prediction.images} in {prediction.batches} batches")
+    print(f"time    {duration(prediction.seconds)} (extrapolated from a few iterations)")
+    print(f"work    {prediction.flops / 1e12:.2f} TFLOP (counted)")
+    print(f"memory  {size(prediction.memory_bytes)} at the peak ({how})")
+    print(f"disk    {size(prediction.disk_bytes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(ModelOptions):
+    """What `smi doctor` takes."""
+
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
+
+
+def doctor(options: DoctorOptions) -> None:
+    """Examine a model and this installation: can it be inverted, and with what?
+
+    Exit code 1 if the model is not supported.
+
+    [bold]Examples[/bold]
+
+      smi doctor
+
+      smi doctor resnet50 --no-pretrained
+    """
+    from smi.adapters.timm import resolve_device
+    from smi.doctor import doctor as examine
+
+    device = str(resolve_device(options.device))
+    found = examine(options.build(seed=0), name=options.model, device=device)
+    if options.json:
+        print(json.dumps(asdict(found)))
+    else:
+        print(f"{found.name}: {'supported' if found.supported else 'not supported'}")
+        if found.reason:
+            print(f"  {found.reason}")
+        for label, value in found.facts.items():
+            print(f"  {label:<30}{_plain(label, value)}")
+        print("backends")
+        for backend in found.backends:
+            print(f"  {backend.name:<10}{'live' if backend.live else 'not live':<10}{backend.reason}")
+    if not found.supported:
+        raise typer.Exit(1)
+
+
+def _plain(label: str, value: Any) -> str:
+    if "bytes" in label:
+        return size(value)
+    if isinstance(value, list):
+        return " x ".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.1e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+for _command_function, _options_class in ((invert, InvertOptions), (plan, InvertOptions), (doctor, DoctorOptions)):
+    app.command()(command_options(_options_class)(_command_function))
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.", show_default=False)] = False,
+) -> None:
+    """List the models that can be inverted, with the tags of their published weights.
+
+    [bold]Examples[/bold]
+
+      smi models deit3
+
+      smi models "*patch16_224*"
+    """
+    import timm
+
+    pattern = pattern if "*" in pattern else f"*{pattern}*"
+    every = {EMBEDDED_TEACHER: ["trained, inside the package"]}
+    for module in _TIMM_MODULES:
+        for name in timm.list_models(module=module):
+            if _whole_patches(name):
+                every[name] = []
+    for tagged in timm.list_models(pretrained=True):
+        name, _, tag = tagged.partition(".")
+        if name in every:
+            every[name].append(tag)
+
+    from fnmatch import fnmatch
+
+    found = {name: tags for name, tags in every.items() if fnmatch(name, pattern)}
+    if as_json:
+        print(json.dumps([{"name": name, "weights": tags} for name, tags in found.items()]))
+        return
+    if not found:
+        raise SmiError(f"no supported model matches {pattern!r}; `smi models` lists all {len(every)}.")
+    width = max(map(len, found)) + 2
+    for name, tags in found.items():
+        print(f"{name:<{width}}{', '.join(tags) or '-'}")
+
+
+def _whole_patches(name: str) -> bool:
+    """False for the few architectures whose default image is not a whole number of patches (384 pixels of 14)."""
+    import re
+
+    match = re.search(r"patch(\d+)_.*?(\d{3})$", name)
+    return match is None or int(match[2]) % int(match[1]) == 0
+
+
+_Pool = Annotated[Path, typer.Argument(metavar="POOL", help="Folder that smi invert has filled.", show_default=False)]
+
+
+@app.command()
+def report(
+    pool: _Pool,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The HTML file. Default: POOL/report/report.html.", show_default=False),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", help="How many images to show.")] = 16,
+) -> None:
+    """Write one HTML page about a pool: images, masks, agreement, cost."""
+    from smi.report import write_report
+
+    print(write_report(pool, out, max_images=images))
+
+
+@app.command()
+def export(
+    pool: _Pool,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", "-f", help="imagefolder or npy.")] = "imagefolder",
+    fill: Annotated[
+        str, typer.Option("--fill", help="What dropped patches show: as-is, black, mean or noise.")
+    ] = "as-is",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export.", show_default=False)
+    ] = False,
+) -> None:
+    """Export a pool for other programs: class folders of PNG files, or NumPy arrays.
+
+    [bold]Example[/bold]
+
+      smi export pools/embedded-teacher-sparse images --fill mean
+    """
+    from smi.export import export_pool
+
+    print(export_pool(pool, out, format, fill=fill, overwrite=overwrite))  # type: ignore[arg-type]
+
+
+@app.command()
+def info(
+    pool: _Pool,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False,
+) -> None:
+    """Show what a pool is, how much of it is done and how far the teacher agrees."""
+    from smi.pool import Pool
+    from smi.report import summary
+
+    opened = Pool(pool)
+    facts = summary(pool) if len(opened) else None
+    if as_json:
+        print(json.dumps({**opened.manifest, "batches_done": opened.batches, "summary": facts}))
+        return
+    manifest, config = opened.manifest, opened.config
+    stages = [f"{kept} from {t}" for t, kept in config.schedule(opened.info.num_patches).items()]
+    done, batches = len(opened.batches), opened.plan.num_batches
+    print(f"{pool}: {len(opened)} of {len(opened.plan.targets)} images, {done} of {batches} batches")
+    rows = {
+        "model": f"{opened.info.name} ({opened.info.weights_sha256[:12]})",
+        "made": f"{manifest['created']} on {manifest['device']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+        "method": f"{config.strategy}, {config.semantics}, {config.iterations} iterations, seed {config.seed}",
+        "schedule": ", ".join([f"all {opened.info.num_patches} patches", *stages]),
+        "classes": f"{len(set(opened.plan.targets))} of {opened.info.num_classes}",
+    }
+    for label, value in rows.items():
+        print(f"  {label:<10}{value}")
+    if facts:
+        _print_agreement(facts)
+
+
+def main() -> None:
+    """Entry point of the ``smi`` command."""
+    app(prog_name="smi")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""What the user may say to `smi invert` and `smi plan`, and what it means: a model, a work plan and a config."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+
+import typer
+
+from smi.config import PRESETS, Config, preset
+from smi.errors import SmiError, did_you_mean
+from smi.state import ModelInfo, WorkPlan
+
+if TYPE_CHECKING:
+    from smi.adapters.timm import SparseModel
+
+EMBEDDED_TEACHER = "embedded:teacher"
+# With the demo preset and no number asked for: a sheet of four images for each of the ten classes.
+DEMO_IMAGES = 40
+
+_WHAT, _HOW_MUCH = "What to invert, and where", "How much"
+_SCHEDULE, _OBJECTIVES, _RUN = "Schedule and method", "Objectives (weights)", "Run"
+
+
+def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=help, show_default=False, **more)
+
+
+def _choices(name: str) -> Callable[[], list[str]]:
+    """Completions for a config option: the words its annotation allows."""
+
+    def words() -> list[str]:
+        kind = get_type_hints(Config)[name]
+        nested = [get_args(part) or (part,) for part in get_args(kind)]
+        return [word for part in nested for word in part if isinstance(word, str)]
+
+    return words
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="embedded:teacher, a timm name such as deit_base_patch16_224.fb_in1k, hf-hub:OWNER/NAME or "
+        "local-dir:FOLDER; smi models lists names.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: ModelName = EMBEDDED_TEACHER
+    checkpoint: Annotated[
+        Path | None, _option("--checkpoint", panel=_WHAT, help="Weights to load into MODEL (.safetensors, .pth).")
+    ] = None
+    num_classes: Annotated[
+        int | None, _option("--num-classes", panel=_WHAT, help="Classes of the checkpoint's head.")
+    ] = None
+    img_size: Annotated[
+        int | None, _option("--img-size", panel=_WHAT, help="Image side in pixels, where it is not the model's own.")
+    ] = None
+    no_pretrained: Annotated[
+        bool,
+        _option("--no-pretrained", panel=_WHAT, help="Random weights, the same for the same seed; downloads nothing."),
+    ] = False
+    device: Annotated[
+        str, _option("--device", panel=_WHAT, help="auto (cuda where there is one), cpu, cuda or cuda:N.")
+    ] = "auto"
+
+    def load(self, config: Config) -> SparseModel:
+        """The model, ready to be inverted.
+
+        Raises:
+            SmiError: unknown or unsupported model, unusable weights, no such device.
+        """
+        from smi.adapters.timm import SparseModel, resolve_device
+
+        device = resolve_device(self.device)  # before the model, which may take long to come
+        return SparseModel(
+            self.build(config.seed),
+            name=self.model,
+            device=device,
+            precision=config.precision,
+            ranking=config.ranking,
+        )
+
+    def build(self, seed: int) -> Any:
+        """The bare module; random weights depend on `seed` alone, so that the same command finds its pool again."""
+        import torch
+
+        from smi.models import load_model
+
+        if self.no_pretrained:
+            torch.manual_seed(seed)
+        return load_model(
+            self.model,
+            checkpoint=self.checkpoint,
+            num_classes=self.num_classes,
+            img_size=self.img_size,
+            pretrained=not self.no_pretrained,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertOptions(ModelOptions):
+    """Everything `smi invert` and `smi plan` take."""
+
+    classes: Annotated[
+        str | None,
+        _option(
+            "--classes", panel=_WHAT, metavar="LIST", help="Numbers, ranges or names: 0,3,7-9 or cat,dog. Default: all."
+        ),
+    ] = None
+
+    num_images: Annotated[
+        int | None,
+        _option("--num-images", "-n", panel=_HOW_MUCH, help="Images in all, spread evenly over the classes."),
+    ] = None
+    per_class: Annotated[
+        int | None, _option("--per-class", panel=_HOW_MUCH, help="Images of each class, in place of --num-images.")
+    ] = None
+    batch_size: Annotated[
+        int | None, _option("--batch-size", "-b", panel=_HOW_MUCH, help="Images inverted together.")
+    ] = None
+    time_budget: Annotated[
+        str | None,
+        _option(
+            "--time-budget",
+            panel=_HOW_MUCH,
+            metavar="TIME",
+            help="Start no batch that would end later: 90s, 10m, 1h30m. The same command goes on.",
+        ),
+    ] = None
+
+    preset: Annotated[
+        str | None,
+        _option(
+            "--preset",
+            panel=_SCHEDULE,
+            help=f"Starting point: {', '.join(PRESETS)}. Default: demo for embedded models, else paper-quant.",
+            autocompletion=lambda: list(PRESETS),
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        _option("--config", "-c", panel=_SCHEDULE, metavar="FILE", help="Options from YAML, in place of --preset."),
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        _option(
+            "--set", panel=_SCHEDULE, metavar="KEY=VALUE", help="Any option of the config, e.g. beta1=0.9. Repeatable."
+        ),
+    ] = None
+    strategy: Annotated[
+        str | None,
+        _option("--strategy", panel=_SCHEDULE, help="sparse, dense or random.", autocompletion=_choices("strategy")),
+    ] = None
+    semantics: Annotated[
+        str | None,
+        _option(
+            "--semantics",
+            panel=_SCHEDULE,
+            help="strict (the paper) or official (its published code).",
+            autocompletion=_choices("semantics"),
+        ),
+    ] = None
+    iterations: Annotated[
+        int | None, _option("--iterations", "-t", panel=_SCHEDULE, help="Update steps for each batch.")
+    ] = None
+    prune_at: Annotated[
+        str | None,
+        _option("--prune-at", panel=_SCHEDULE, metavar="LIST", help="Iterations at which patches stop: 50,100."),
+    ] = None
+    prune_ratio: Annotated[
+        str | None,
+        _option("--prune-ratio", panel=_SCHEDULE, metavar="LIST", help="Share of the patches stopped at each: .3,.3."),
+    ] = None
+    jitter: Annotated[
+        str | None,
+        _option("--jitter", panel=_SCHEDULE, help="patch, pixel or none.", autocompletion=_choices("jitter")),
+    ] = None
+    best: Annotated[
+        bool | None, _option("--best/--last", panel=_SCHEDULE, help="Return each image's best iterate or its last.")
+    ] = None
+
+    cross_entropy: Annotated[float | None, _option("--ce", panel=_OBJECTIVES, help="Cross-entropy to the class.")] = (
+        None
+    )
+    tv1: Annotated[float | None, _option("--tv1", panel=_OBJECTIVES, help="Total variation, absolute.")] = None
+    tv2: Annotated[float | None, _option("--tv2", panel=_OBJECTIVES, help="Total variation, squared.")] = None
+    l2: Annotated[float | None, _option("--l2", panel=_OBJECTIVES, help="Norm of the image.")] = None
+    learning_rate: Annotated[
+        float | None, _option("--lr", panel=_OBJECTIVES, help="Adam's step on the normalised pixels.")
+    ] = None
+
+    out: Annotated[
+        Path | None,
+        _option("--out", "-o", panel=_RUN, metavar="DIR", help="The pool. Default: pools/MODEL-STRATEGY."),
+    ] = None
+    overwrite: Annotated[bool, _option("--overwrite", panel=_RUN, help="Start over when the pool exists.")] = False
+    seed: Annotated[int | None, _option("--seed", panel=_RUN, help="The one source of randomness.")] = None
+    precision: Annotated[
+        str | None,
+        _option(
+            "--precision", panel=_RUN, help="fp32 or bf16, for the network only.", autocompletion=_choices("precision")
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, _option("--dry-run", panel=_RUN, help="Only predict time, memory and disk, as smi plan does.")
+    ] = False
+    json: Annotated[bool, _option("--json", panel=_RUN, help="One JSON object for each event in place of bars.")] = (
+        False
+    )
+
+    # Flags that are options of the config under the same name.
+    _CONFIG_FLAGS: ClassVar = (
+        *("strategy", "semantics", "iterations", "jitter", "best", "batch_size", "seed", "precision"),
+        *("cross_entropy", "tv1", "tv2", "l2", "learning_rate"),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse at once what no model could mend."""
+        if self.preset and self.config:
+            raise SmiError("--preset and --config exclude each other; write `preset: NAME` into the file.")
+        if self.num_images is not None and self.per_class is not None:
+            raise SmiError("--num-images and --per-class exclude each other; give one of them.")
+        if self.per_class is not None and self.per_class < 1:
+            raise SmiError(f"--per-class is {self.per_class}; expected at least 1.")
+        if self.time_budget is not None:
+            parse_duration(self.time_budget)
+
+    @property
+    def demo(self) -> bool:
+        return self.preset == "demo" or (not (self.preset or self.config) and self.model.startswith("embedded:"))
+
+    def make_config(self) -> Config:
+        """Preset or file, then --set, then the named flags; the later wins. Resolved."""
+        if self.config:
+            base = Config.load(self.config)
+        else:
+            base = preset(self.preset or ("demo" if self.demo else "paper-quant"))
+        changes = dict(parse_setting(text) for text in self.settings or ())
+        changes |= {n: v for n in self._CONFIG_FLAGS if (v := getattr(self, n)) is not None}
+        for name in ("prune_at", "prune_ratio"):
+            if getattr(self, name) is not None:
+                changes[name] = parse_numbers(f"--{name.replace('_', '-')}", getattr(self, name))
+        return base.replace(**changes).resolved()
+
+    def make_plan(self, info: ModelInfo, config: Config) -> WorkPlan:
+        """The targets: every class unless --classes, one batch (demo: 40 images) unless a number was given."""
+        classes = list(range(info.num_classes)) if self.classes is None else parse_classes(self.classes, info)
+        if self.per_class is not None:
+            count = self.per_class * len(classes)
+        elif self.num_images is not None:
+            count = self.num_images
+        else:
+            count = DEMO_IMAGES if self.demo else config.batch_size
+        return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes)
+
+    def pool(self, config: Config) -> Path:
+        return self.out or Path("pools") / f"{slug(self.model)}-{config.strategy}"
+
+
+def command_options(kind: type[Any]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Turn ``command(options: kind)`` into a function with one keyword for each field, which is what typer reads."""
+
+    def decorate(command: Callable[[Any], None]) -> Callable[..., None]:
+        def call(**values: Any) -> None:
+            command(kind(**values))
+
+        hints = get_type_hints(kind, include_extras=True)
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__annotations__ = {field.name: hints[field.name] for field in fields(kind)}
+        parameters = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in fields(kind)
+        ]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` with the value read as YAML; a list may also be written 50,100."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key:
+        raise SmiError(f"--set {text!r} is not KEY=VALUE; write e.g. --set tv2=1e-4.")
+    known = get_type_hints(Config)
+    if key not in known:
+        raise SmiError(f"--set {text!r}: unknown config option {key!r}.{did_you_mean(key, known, limit=40)}")
+    if key in ("prune_at", "prune_ratio"):
+        return key, parse_numbers(f"--set {key}", value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SmiError(
+            f"--set {text!r}: {value!r} cannot be read; write a plain number, word, true or false."
+        ) from None
+
+
+def parse_numbers(option: str, text: str) -> list[int | float]:
+    """``50,100`` or ``[.3, .3]``; empty text is the empty list."""
+    inner = text.strip().removeprefix("[").removesuffix("]").strip()
+    try:
+        return [int(p) if re.fullmatch(r"[+-]?\d+", p.strip()) else float(p) for p in inner.split(",")] if inner else []
+    except ValueError:
+        raise SmiError(f"{option} is {text!r}; expected numbers separated by commas, e.g. 50,100.") from None
+
+
+def parse_classes(text: str, info: ModelInfo) -> list[int]:
+    """Numbers, inclusive ranges and class names, in the order given; each class counts once."""
+    names = {name.casefold(): number for number, name in enumerate(info.class_names)}
+    chosen: list[int] = []
+    for part in (p.strip() for p in text.split(",")):
+        span = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        if part.casefold() in names:
+            chosen.append(names[part.casefold()])
+        elif span:
+            first, last = int(span[1]), int(span[2] or span[1])
+            if last < first:
+                raise SmiError(f"--classes contains the range {part}; write {last}-{first}.")
+            if last >= info.num_classes:
+                raise SmiError(f"class {last} does not exist; the model has classes 0 to {info.num_classes - 1}.")
+            chosen.extend(range(first, last + 1))
+        elif names and part:
+            raise SmiError(f"unknown class {part!r}.{did_you_mean(part.casefold(), names, limit=10)}")
+        else:
+            raise SmiError(f"--classes contains {part!r}; expected numbers or ranges such as 0,3,7-9.")
+    return list(dict.fromkeys(chosen))
+
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in ``90s``, ``10m``, ``1h30m`` or a bare number of seconds."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([hms]?)", text.strip().lower())
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[hms]\s*)+|\d+(?:\.\d+)?", text.strip().lower()) or seconds <= 0:
+        raise SmiError(f"--time-budget is {text!r}; expected a time such as 90s, 10m or 1h30m.")
+    return seconds
+
+
+def slug(name: str) -> str:
+    """A model name as a folder name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -1,0 +1,325 @@
+"""Runs over a work plan, and what they cost: resume, time budget, counted arithmetic, predictions, the doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import smi
+import smi.run
+from smi.doctor import doctor
+from smi.flops import count_flops
+from smi.inversion import Inversion
+from smi.objectives import Context, Objective
+from smi.pool import Pool
+from smi.predict import predict, saved_bytes
+from smi.run import run
+from smi.state import Result, WorkPlan
+
+DEPTH, WIDTH, PATCHES, CLASSES = 2, 32, 16, 5
+CONFIG = smi.Config(iterations=4, prune_at=(1, 3), prune_ratio=(0.3, 0.3), batch_size=3, snapshots=1)
+PLAN = WorkPlan.balanced(range(CLASSES), 8, 3, CLASSES)  # batches of 3, 3 and 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=4, embed_dim=WIDTH, depth=DEPTH, num_heads=2, num_classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def model(vit: nn.Module) -> smi.SparseModel:
+    return smi.SparseModel(vit, name="tiny")
+
+
+def assert_same(left: Result, right: Result) -> None:
+    """Bit for bit, apart from the seconds it took."""
+    for name in ("images", "keep", "dropped_at", "targets", "indices", "logits", "snapshots"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    for a, b in ((left.losses, right.losses), (left.history, right.history)):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert left.snapshot_at == right.snapshot_at
+    assert [(p.start, p.stop, p.kept, p.flops) for p in left.phases] == [
+        (p.start, p.stop, p.kept, p.flops) for p in right.phases
+    ]
+
+
+def assert_same_pool(left: Path, right: Path) -> None:
+    a, b = Pool(left), Pool(right)
+    assert a.batches == b.batches
+    for one, other in zip(a, b, strict=True):
+        assert_same(one, other)
+
+
+@pytest.fixture(scope="module")
+def whole(model: smi.SparseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pool as an uninterrupted run makes it."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("whole") / "pool"
+    run(model, PLAN, CONFIG, path)
+    return path
+
+
+# --- runs ---
+
+
+def test_run_makes_every_batch_in_order_and_says_so(model: smi.SparseModel, whole: Path, tmp_path: Path) -> None:
+    opened: list[list[int]] = []
+    iterations: list[tuple[int, int]] = []
+    batches: list[int] = []
+
+    def on_batch(number: int, result: Result, seconds: float) -> None:
+        assert Pool(tmp_path / "pool").batches == list(range(number + 1))  # already on disk
+        assert result.indices.tolist() == list(PLAN.batch(number))
+        assert seconds > 0
+        batches.append(number)
+
+    done = run(
+        model,
+        PLAN,
+        CONFIG,
+        tmp_path / "pool",
+        on_open=opened.append,
+        on_iteration=lambda batch, loop: iterations.append((batch, loop.iteration)),
+        on_batch=on_batch,
+    )
+    assert opened == [[0, 1, 2]]
+    assert batches == [0, 1, 2]
+    assert iterations == [(batch, t) for batch in range(3) for t in range(1, 5)]
+    assert (done.images_done, done.batches_done, done.images_left, done.batches_left) == (8, 3, 0, 0)
+    assert (done.images_found, done.batches_found) == (0, 0)
+    assert done.complete
+    assert_same_pool(tmp_path / "pool", whole)
+
+
+def test_a_complete_pool_is_left_alone(model: smi.SparseModel, whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*.safetensors")}
+    done = run(model, PLAN, CONFIG, whole)
+    assert (done.images_done, done.images_found, done.batches_found, done.complete) == (0, 8, 3, True)
+    assert before == {file: file.stat().st_mtime_ns for file in whole.rglob("*.safetensors")}
+
+
+def test_batches_are_what_single_inversions_are(model: smi.SparseModel, whole: Path) -> None:
+    indices = PLAN.batch(2)
+    alone = Inversion(model, [PLAN.targets[i] for i in indices], CONFIG, indices=indices).run()
+    assert_same(Pool(whole).load(2), alone)
+
+
+@pytest.mark.parametrize("at", [(0, 1), (1, 3), (2, 4)])
+def test_an_interrupt_loses_the_batch_in_flight_and_nothing_else(
+    model: smi.SparseModel, whole: Path, tmp_path: Path, at: tuple[int, int]
+) -> None:
+    def interrupt(batch: int, loop: Inversion) -> None:
+        if (batch, loop.iteration) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, PLAN, CONFIG, tmp_path / "pool", on_iteration=interrupt)
+    assert Pool(tmp_path / "pool").batches == list(range(at[0]))
+    done = run(model, PLAN, CONFIG, tmp_path / "pool")
+    assert (done.batches_found, done.batches_done, done.complete) == (at[0], 3 - at[0], True)
+    assert_same_pool(tmp_path / "pool", whole)
+
+
+@pytest.mark.parametrize(
+    ("budget", "batches"),
+    [
+        (0.5, 1),  # one in any case
+        (4, 1),
+        (7.9, 1),  # the second would end at 8
+        (8, 2),
+        (10.5, 2),  # the last has two of three images: 8 + 4 * 2 / 3
+        (10.7, 3),
+    ],
+)
+def test_no_batch_is_started_that_would_end_past_the_budget(
+    model: smi.SparseModel,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float,
+    batches: int,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(smi.run, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def tick(batch: int, loop: Inversion) -> None:
+        nonlocal now
+        now += 1  # four iterations, so four seconds a batch
+
+    done = run(model, PLAN, CONFIG, tmp_path / "pool", time_budget=budget, on_iteration=tick)
+    assert done.batches_done == batches
+    assert done.batches_left == 3 - batches
+    assert done.images_left == sum(len(PLAN.batch(b)) for b in range(batches, 3))
+    assert done.seconds == 4 * batches
+    run(model, PLAN, CONFIG, tmp_path / "pool")
+    assert_same_pool(tmp_path / "pool", whole)
+
+
+def test_overwrite_starts_over(model: smi.SparseModel, tmp_path: Path) -> None:
+    small = WorkPlan((0, 1), 1)
+    run(model, small, CONFIG, tmp_path / "pool")
+    assert run(model, small, CONFIG, tmp_path / "pool", overwrite=True).batches_done == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CONFIG.replace(prune_ratio=(0.9, 0.9)), "leaves none"),
+        (CONFIG.replace(cross_entropy=0.0, tv2=0.0), "nothing to minimise"),
+    ],
+)
+def test_a_config_that_cannot_run_leaves_no_folder(
+    model: smi.SparseModel, tmp_path: Path, config: smi.Config, message: str
+) -> None:
+    with pytest.raises(smi.SmiError, match=message):
+        run(model, PLAN, config, tmp_path / "pool")
+    assert not (tmp_path / "pool").exists()
+
+
+def test_objectives_take_part(model: smi.SparseModel, tmp_path: Path) -> None:
+    def brightness(context: Context) -> Tensor:
+        return context.images.mean((1, 2, 3))
+
+    run(model, WorkPlan((0,), 1), CONFIG, tmp_path / "pool", objectives=[Objective(brightness, 2.0)])
+    assert "brightness" in Pool(tmp_path / "pool").load(0).history
+
+
+# --- arithmetic, counted ---
+
+
+def expected_flops(kept: int) -> int:
+    """By hand: every linear layer forward and backward to its input, fused attention 2 products forward, 5 backward."""
+    tokens, hidden = kept + 1, 4 * WIDTH
+    embedding = kept * (3 * 4 * 4) * WIDTH
+    linear = tokens * WIDTH * (3 * WIDTH + WIDTH + 2 * hidden)
+    attention = tokens * tokens * WIDTH
+    return 2 * (2 * (embedding + DEPTH * linear + WIDTH * CLASSES) + 7 * DEPTH * attention)
+
+
+@pytest.mark.parametrize("kept", [PATCHES, 11, 1])
+def test_flops_are_counted_as_by_hand(model: smi.SparseModel, kept: int) -> None:
+    assert count_flops(model, kept) == expected_flops(kept)
+    assert count_flops(model, kept, batch=3) == 3 * expected_flops(kept)
+
+
+def test_flops_do_not_depend_on_what_torch_knows_of_cpu_attention(
+    model: smi.SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.flop_counter import flop_registry
+
+    aten = torch.ops.aten
+    for op in (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    ):
+        monkeypatch.delitem(flop_registry, op, raising=False)
+    assert count_flops(model, 11) == expected_flops(11)
+
+
+def test_counting_leaves_no_gradient_and_no_state(vit: nn.Module, model: smi.SparseModel) -> None:
+    images = torch.randn(1, 3, 16, 16)
+    before, _ = model(images)
+    count_flops(model, 3)
+    after, _ = model(images)
+    assert torch.equal(before, after)
+    assert all(p.grad is None for p in vit.parameters())
+
+
+# --- predictions ---
+
+
+def test_predicted_flops_are_those_of_the_run(model: smi.SparseModel, whole: Path) -> None:
+    prediction = predict(model, PLAN, CONFIG.resolved())
+    assert [(p.start, p.stop, p.kept, p.iterations) for p in prediction.phases] == [
+        (0, 1, 16, 1),
+        (1, 3, 11, 2),
+        (3, 4, 7, 1),
+    ]
+    assert (prediction.images, prediction.batches) == (8, 3)
+    assert prediction.flops == sum(phase.flops for result in Pool(whole) for phase in result.phases)
+    assert all(phase.seconds > 0 for phase in prediction.phases)
+    per_batch = sum(phase.seconds * phase.iterations for phase in prediction.phases)
+    assert prediction.seconds == pytest.approx(per_batch * 8 / 3)
+
+
+def test_predicted_disk_covers_the_shards(model: smi.SparseModel, whole: Path) -> None:
+    predicted = predict(model, PLAN, CONFIG.resolved()).disk_bytes
+    tensors = pictures = 0
+    for result in Pool(whole):
+        parts = [result.images, result.keep, result.dropped_at, result.targets, result.indices, result.logits]
+        parts += [result.snapshots, *result.losses.values(), *result.history.values()]
+        tensors += sum(part.nbytes for part in parts)
+        pictures += result.images.numel()
+    assert predicted == tensors + pictures
+
+
+def test_predicted_memory_is_called_an_estimate_without_a_gpu(model: smi.SparseModel) -> None:
+    small, large = (predict(model, WorkPlan((0,) * n, n), CONFIG.replace(batch_size=n).resolved()) for n in (1, 5))
+    assert not small.memory_measured
+    weights, activations = saved_bytes(model, PATCHES)
+    pixels = 3 * 16 * 16 * 4
+    assert large.memory_bytes - small.memory_bytes >= 4 * (activations + 5 * pixels)
+    assert small.memory_bytes >= weights + activations + 5 * pixels
+
+
+def test_saved_bytes_tell_weights_from_activations(vit: nn.Module, model: smi.SparseModel) -> None:
+    weights, dense = saved_bytes(model, PATCHES)
+    matrices = sum(p.nbytes for p in vit.parameters() if p.ndim > 1 and p.shape[0] > 1)
+    everything = sum(p.nbytes for p in vit.parameters())
+    assert matrices <= weights <= everything
+    _, sparse = saved_bytes(model, 4)
+    tokens = 4 * WIDTH * (PATCHES + 1)
+    assert dense > DEPTH * 6 * tokens  # queries, keys, values, hidden layer, norms
+    assert sparse < dense / 2
+
+
+@pytest.mark.parametrize("strategy", ["dense", "random"])
+def test_predict_follows_the_strategy(model: smi.SparseModel, strategy: str) -> None:
+    phases = predict(model, PLAN, CONFIG.replace(strategy=strategy).resolved()).phases
+    assert [phase.kept for phase in phases] == ([16] if strategy == "dense" else [16, 11, 7])
+    assert phases[-1].stop == 4
+
+
+# --- doctor ---
+
+
+def test_doctor_describes_a_model(vit: nn.Module, model: smi.SparseModel) -> None:
+    found = doctor(vit, name="tiny")
+    assert found.supported
+    assert found.reason == ""
+    facts = found.facts
+    assert (facts["patches"], facts["tokens"], facts["prefix tokens"], facts["grid"]) == (16, 17, 1, [4, 4])
+    assert facts["weights sha256"] == model.info.weights_sha256
+    assert facts["ranking"] == "class_attention"
+    assert facts["difference from timm"] < 1e-5
+    assert facts["flops per image and iteration"] == expected_flops(PATCHES)
+    assert [backend.name for backend in found.backends] == ["reference", "triton", "cuda"]
+
+
+def test_doctor_says_why_a_model_is_not_supported() -> None:
+    found = doctor(nn.Linear(2, 2))
+    assert not found.supported
+    assert "Linear is not supported" in found.reason
+    assert found.facts == {}
+    assert found.backends
+
+
+def test_doctor_refuses_a_name_that_is_none() -> None:
+    with pytest.raises(smi.SmiError, match="unknown model"):
+        doctor("no_such_model")
