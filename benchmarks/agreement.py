@@ -44,12 +44,12 @@ def noise_result(model: smi.SparseModel, like: smi.Result, config: smi.Config) -
     return dataclasses.replace(like, images=images, logits=logits.cpu(), keep=keep, phases=[])
 
 
-def measure(model: smi.SparseModel, base: smi.Config, images: int, seeds: int) -> dict[str, Any]:
+def measure(model: smi.SparseModel, base: smi.Config, images: int, seeds: range) -> dict[str, Any]:
     """row name -> shares of images, one for each seed, with seconds and operations."""
     judge = load_judge()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*ROWS, "gaussian noise"]}
     plan = smi.WorkPlan.balanced(range(model.info.num_classes), images, base.batch_size, model.info.num_classes)
-    for seed in range(seeds):
+    for seed in seeds:
         for name, changes in ROWS.items():
             config = base.replace(seed=seed, **changes).resolved()
             tally, noise = Tally(model.info, config, judge=judge), Tally(model.info, config, judge=judge)
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=100, help="apart from 0, with which the presets were chosen")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -104,7 +105,7 @@ def main() -> None:
     where = environment(device)
     model = smi.SparseModel(smi.load_model("embedded:teacher"), name="embedded:teacher", device=device)
     config = smi.preset(args.preset)
-    rows = measure(model, config, args.images, args.seeds)
+    rows = measure(model, config, args.images, range(args.first_seed, args.first_seed + args.seeds))
     record = {
         "benchmark": "agreement",
         "model": "embedded:teacher",
@@ -112,6 +113,7 @@ def main() -> None:
         "config": config.to_dict(),
         "images": args.images,
         "seeds": args.seeds,
+        "first_seed": args.first_seed,
         "environment": where,
         "rows": rows,
     }

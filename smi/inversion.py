@@ -7,6 +7,7 @@ the pixels, step Adam, clamp. The loop itself never waits for the device: losses
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -62,11 +63,12 @@ class Inversion:
         self.config = (config or Config()).resolved()
         if not isinstance(model, SparseModel):
             model = SparseModel(model, device=device, precision=self.config.precision, ranking=self.config.ranking)
+        check_fit(model, self.config)
         self.model = model
         info = model.info
         self.targets = _check_targets(targets, info.num_classes).to(model.device)
         B = self.targets.shape[0]
-        self.indices = list(range(B)) if indices is None else list(indices)
+        self.indices = list(range(B)) if indices is None else _check_indices(indices)
         if len(self.indices) != B:
             raise SmiError(f"there are {B} targets and {len(self.indices)} image numbers; give one for each.")
         self.objectives = Objectives(self.config, objectives)
@@ -108,12 +110,13 @@ class Inversion:
         """One iteration."""
         if self.done:
             raise SmiError(f"this inversion is done after {self.iteration} iterations; ask it for its result().")
-        began = time.perf_counter()
         t = self.iteration
-        if t in self.schedule:
+        if self.keep.shape[1] != self.schedule.get(t, self.keep.shape[1]):  # else pruned by a step that was cut short
             self._prune(t)
+        began = time.perf_counter()  # after the records of the last phase, which take their own time
         self.images.requires_grad_(True)
-        context, self._scores = self._forward(self.offsets[t], scores=self.strategy.wants_scores(t))
+        offsets = None if t in self.strategy.still else self.offsets[t]
+        context, scores = self._forward(offsets, scores=self.strategy.wants_scores(t))
         loss, means = self.objectives(context)
         (grad,) = torch.autograd.grad(loss, self.images)
         self.images.requires_grad_(False)
@@ -133,12 +136,13 @@ class Inversion:
         )
         for name, value in means.items():
             self._history[name][t] = value
+        self._scores = scores
         self.iteration += 1
         past_prunings = self.iteration > max(self.schedule, default=0)
-        if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
-            self._track_best()
         if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
             self._converged = self._stalled()
+        if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
+            self._track_best()
         self._seconds += time.perf_counter() - began
 
     def run(self, progress: Callable[[Inversion], None] | None = None) -> Result:
@@ -233,7 +237,7 @@ class Inversion:
             self._best = (self.images.clone(), value)
             return
         images, lowest = self._best
-        better = value < lowest
+        better = (value < lowest) | lowest.isnan()
         self._best = (torch.where(better.view(-1, 1, 1, 1), self.images, images), torch.where(better, value, lowest))
 
     def _stalled(self) -> bool:
@@ -265,15 +269,51 @@ class Inversion:
         return (shown * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def check_fit(model: SparseModel, config: Config) -> None:
+    """Raises `SmiError` if `model` cannot be inverted as `config` says."""
+    if model.precision != config.precision:
+        raise SmiError(
+            f"the model runs in {model.precision}, the config asks for {config.precision}; give both the same."
+        )
+    if config.ranking not in ("auto", model.info.ranking):
+        raise SmiError(
+            f"the model ranks by {model.info.ranking}, the config asks for {config.ranking}; give both the same."
+        )
+    if config.cross_entropy and not model.has_head:
+        raise SmiError(
+            f"{model.info.name} has no classification head for cross-entropy to the targets; create it with "
+            f"num_classes= or a tag that has one, or set cross_entropy to 0 and give objectives of your own."
+        )
+    config.schedule(model.info.num_patches)
+
+
+def _check_indices(indices: Sequence[int]) -> list[int]:
+    try:
+        numbers = [operator.index(number) for number in indices]
+    except TypeError:
+        raise SmiError(f"image numbers are {list(indices)}; expected integers.") from None
+    if min(numbers, default=0) < 0:
+        raise SmiError(f"image number {min(numbers)} does not exist; expected numbers from 0.")
+    return numbers
+
+
 def _check_targets(targets: Tensor | Sequence[int], num_classes: int) -> Tensor:
-    tensor = torch.as_tensor(targets)
-    if tensor.ndim == 2 and tensor.is_floating_point():
+    try:
+        tensor = torch.as_tensor(targets)
+    except (TypeError, ValueError) as error:
+        raise SmiError(f"targets are not numbers: {error}; expected class indices or probabilities.") from None
+    if tensor.ndim == 2 and len(tensor) and tensor.is_floating_point():
         if tensor.shape[1] != num_classes:
             raise SmiError(f"soft targets have {tensor.shape[1]} columns; expected {num_classes}, one for each class.")
         if not torch.isfinite(tensor).all() or (tensor < 0).any() or not tensor.sum(1).sub(1).abs().lt(1e-3).all():
             raise SmiError("soft targets are not probabilities; expected rows of numbers >= 0 that sum to 1.")
         return tensor
-    if tensor.ndim != 1 or not len(tensor) or tensor.is_floating_point() or tensor.is_complex():
+    if (
+        tensor.ndim != 1
+        or not len(tensor)
+        or tensor.dtype.is_floating_point
+        or tensor.dtype in (torch.bool, torch.cfloat)
+    ):
         raise SmiError(
             f"targets have shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected class indices (B,) or "
             f"probabilities (B, {num_classes})."

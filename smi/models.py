@@ -113,9 +113,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items())
+    ):
         raise SmiError(f"the checkpoint {str(path)!r} holds no state dict (names to tensors).")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in loaded.items()}
 
 
 def _first_line(error: BaseException) -> str:

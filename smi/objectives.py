@@ -5,6 +5,7 @@ A term sees the same things whatever the strategy, so a loss written for dense i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +66,8 @@ class Objective:
     features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise SmiError(f"the weight of an objective is {self.weight}; expected a finite number.")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
 
@@ -124,9 +127,9 @@ class Objectives:
         means: dict[str, Tensor] = {}
         for term in self.terms:
             value = self._evaluate(term, context)
-            mean = value.mean()
-            total = total + (term.weight * B if self.per_image else term.weight) * mean
-            means[term.name] = mean.detach()
+            # A sum, not B times the mean: its gradient is the weight to the last bit, however many images there are.
+            total = total + term.weight * (value.expand(B).sum() if self.per_image else value.mean())
+            means[term.name] = value.detach().mean()
         means["total"] = total.detach() / B if self.per_image else total.detach()
         return total, means
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smi.inversion import Inversion
+from smi.inversion import Inversion, check_fit
 from smi.objectives import Objectives
 from smi.pool import PoolWriter
 
@@ -77,7 +77,7 @@ def run(
     """
     started = time.monotonic()
     # What the first batch would refuse must not leave an empty pool behind.
-    config.schedule(model.info.num_patches)
+    check_fit(model, config)
     Objectives(config, objectives)
     writer = PoolWriter(out, model.info, config, plan, device=str(model.device), overwrite=overwrite)
     missing = list(writer.missing)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import PatchEmbed
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from smi.errors import SmiError
 from smi.state import ModelInfo
 
 Ranking = Literal["auto", "class_attention", "attention_pool", "received_attention"]
+_DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -107,6 +109,11 @@ class SparseModel:
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says.
 
+    Attributes:
+        info: identity and geometry.
+        device, dtype: where it runs, and the dtype of pixels and logits.
+        has_head: False if the logits are features, because the model was made with ``num_classes=0``.
+
     Raises:
         SmiError: not a supported model (with the reason), weights not finite, ranking not to be had, device missing,
             or the twin's output differs from timm's.
@@ -128,6 +135,8 @@ class SparseModel:
         if reasons:
             raise SmiError(f"{type(model).__name__} is not supported: {'; '.join(reasons)}.")
         self._original = model
+        self.has_head = bool(model.num_classes)
+        self.precision = precision
         first = next(model.parameters())
         self.device = resolve_device(device) if device is not None else first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -143,6 +152,9 @@ class SparseModel:
         with torch.no_grad():
             expected = twin(probe.to(network_dtype)).to(self.dtype)
 
+        self._tap = _AttentionTap()
+        calls = self._tap.calls  # a hook that held this object would keep both alive
+        twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: calls.clear())  # earlier blocks rank nothing
         twin.patch_embed = _EmbedSlot(embed, embed.grid_size)
         twin.patch_drop = _GatherSlot(prefix, with_indices=isinstance(twin, Eva))
         for module in (twin.blocks[-1], twin.attn_pool):
@@ -161,8 +173,8 @@ class SparseModel:
             name=name or card.get("architecture") or type(model).__name__,
             weights_sha256=weights_hash(model),
             input_size=(channels, height, width),
-            mean=_per_channel("mean", mean or data["mean"], channels),
-            std=_per_channel("std", std or data["std"], channels),
+            mean=_per_channel("mean", _default(data["mean"], channels) if mean is None else mean, channels),
+            std=_per_channel("std", _default(data["std"], channels) if std is None else std, channels),
             patch_size=(embed.patch_size[0], embed.patch_size[1]),
             grid=(embed.grid_size[0], embed.grid_size[1]),
             num_prefix_tokens=prefix,
@@ -187,8 +199,10 @@ class SparseModel:
             logits (B, classes), and (B, K) scores in the order of `cells`, or None; both in the dtype of `images`.
 
         Raises:
-            SmiError: images of another size than the model's.
+            SmiError: images of another size than the model's, or `restore` was called.
         """
+        if self._twin is None:
+            raise SmiError("this SparseModel was restored; make a new one of the model.")
         if images.shape[1:] != self.info.input_size:
             C, H, W = self.info.input_size
             raise SmiError(
@@ -200,10 +214,12 @@ class SparseModel:
         self._features.clear()
         if not scores:
             return self._twin(images).to(images.dtype), None
-        tap = _AttentionTap()
-        with tap:
+        self._tap.calls.clear()
+        with self._tap:
             logits = self._twin(images)
-        return logits.to(images.dtype), self._score(tap.calls).to(images.dtype)
+        found = self._score(self._tap.calls)
+        self._tap.calls.clear()
+        return logits.to(images.dtype), found.to(images.dtype)
 
     def watch(self, names: Sequence[str]) -> None:
         """Make the outputs of these submodules (``blocks.3``, ``norm``, ...) available as `features` after each call.
@@ -211,13 +227,13 @@ class SparseModel:
         Raises:
             SmiError: no such submodule.
         """
-        modules = dict(self._twin.named_modules())
+        modules, features = dict(self._twin.named_modules()), self._features
         for name in names:
             if name not in modules:
                 raise SmiError(f"the model has no submodule {name!r} to take features from; e.g. 'blocks.0' exists.")
             if name not in self._hooks:
                 self._hooks[name] = modules[name].register_forward_hook(
-                    lambda _module, _args, output, name=name: self._features.__setitem__(name, output)
+                    lambda _module, _args, output, name=name: features.__setitem__(name, output)
                 )
 
     @property
@@ -236,13 +252,13 @@ class SparseModel:
             hook.remove()
         self._hooks.clear()
         self._features.clear()
-        del self._twin
+        self._twin = None
         return self._original
 
     def _resolve_ranking(self, wanted: Ranking) -> str:
         has = {
             "class_attention": self._twin.cls_token is not None,
-            "attention_pool": self._twin.attn_pool is not None,
+            "attention_pool": isinstance(self._twin.attn_pool, AttentionPoolLatent),
             "received_attention": True,
         }
         if wanted == "auto":
@@ -257,7 +273,10 @@ class SparseModel:
         return wanted
 
     def _score(self, calls: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-        """Scores of the fed patches from the attention calls of one forward; a pooling's call is the last."""
+        """Scores of the fed patches from the attention calls since the last block began; a pooling's is the last.
+
+        A block of several parallel attentions makes as many calls; their heads count alike.
+        """
         pooled, prefix = self._twin.attn_pool is not None, self._twin.num_prefix_tokens
         if len(calls) < 1 + pooled:
             raise SmiError(f"ranking {self._ranking!r} is not to be had: the last block makes no fused attention call.")
@@ -266,16 +285,21 @@ class SparseModel:
             row = smi_kernels.attention_row(query[:, :, 0], key, scale)
             pools_prefix = getattr(self._twin, "pool_include_prefix", True)  # Eva has no such switch and always does
             return row[:, prefix if pools_prefix else 0 :]
-        query, key, scale = calls[-1 - pooled]
-        if self._ranking == "class_attention":
-            return smi_kernels.attention_row(query[:, :, 0], key, scale)[:, prefix:]
-        return smi_kernels.received_attention(query, key, scale)[:, prefix:]
+        rows = [
+            smi_kernels.attention_row(query[:, :, 0], key, scale)
+            if self._ranking == "class_attention"
+            else smi_kernels.received_attention(query, key, scale)
+            for query, key, scale in (calls[:-1] if pooled else calls)
+        ]
+        return torch.stack(rows).mean(0)[:, prefix:]
 
     def _check_dense(self, probe: Tensor, expected: Tensor) -> None:
-        """Fed every patch in reverse, the slots must give what timm gave, and the ranking a score for each patch."""
+        """Fed every patch in reverse, the slots must give what timm gave; fed half of them, a score for each."""
         cells = torch.arange(self.info.num_patches, device=self.device).flip(0)[None]
+        half = cells[:, : (self.info.num_patches + 1) // 2]
         with torch.no_grad():
-            logits, scores = self(probe, cells, scores=True)
+            logits, _ = self(probe, cells)
+            _, scores = self(probe, half, scores=True)
         error = ((logits - expected).norm() / expected.norm().clamp_min(1e-12)).item()
         limit = 0.1 if self._twin.patch_embed.proj.weight.dtype == torch.bfloat16 else 1e-3
         if not error <= limit:
@@ -284,10 +308,10 @@ class SparseModel:
                 f"forward by {error:.1e} (relative; at most {limit:g} is expected)."
             )
         assert scores is not None
-        if scores.shape != cells.shape:
+        if scores.shape != half.shape:
             raise SmiError(
-                f"{self.info.name} is not supported: its {self._ranking} gives {scores.shape[1]} scores "
-                f"for {cells.shape[1]} patches."
+                f"{self.info.name} is not supported: fed {half.shape[1]} of its {cells.shape[1]} patches, its "
+                f"{self._ranking} gives {scores.shape[1]} scores."
             )
 
 
@@ -316,6 +340,8 @@ def unsupported_reasons(model: object) -> list[str]:
         )
     if not len(model.blocks):
         reasons.append("it has no blocks")
+    elif any(type(part).__name__ in _DIFFERENTIAL for part in model.blocks[-1].modules()):
+        reasons.append("its attention is the difference of two, which ranks no patches")
     return reasons
 
 
@@ -364,11 +390,16 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
+def _default(values: Sequence[float], channels: int) -> Sequence[float]:
+    """timm's data config of a model made with other than three channels still has three values."""
+    return values if len(values) == channels else (sum(values) / len(values),)
+
+
 def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) == 1:
         values = tuple(values) * channels
     if len(values) != channels:
         raise SmiError(f"{name} has {len(values)} values; expected one for each of the {channels} channels.")
-    if name == "std" and min(values) <= 0:
-        raise SmiError(f"std is {tuple(values)}; expected positive numbers.")
+    if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+        raise SmiError(f"{name} is {tuple(values)}; expected {'finite' if name == 'mean' else 'positive'} numbers.")
     return tuple(float(value) for value in values)

@@ -22,7 +22,7 @@ def select_tokens(scores: Tensor, keep: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: shapes differ, or `count` is outside 1..K.
 
-    Equivalent to ``keep.gather(1, scores.argsort(1, descending=True, stable=True)[:, :count].sort(1).values)``.
+    Equivalent to ``keep.gather(1, scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values)``.
     """
     if scores.shape != keep.shape or scores.ndim != 2:
         raise ValueError(

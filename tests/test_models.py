@@ -1,0 +1,150 @@
+"""Models by name: what loads, what comes out as it went in, and what is refused before it can run."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from small import one_thread, randomise  # noqa: F401
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import smi
+from smi import SmiError, SparseModel
+
+NAME, SMALL = "vit_tiny_patch16_224", {"num_classes": 3, "img_size": 32}
+
+
+@pytest.fixture
+def small_timm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`timm.create_model` as ever, but of one narrow block, so that files stay small."""
+    create = timm.create_model
+
+    def smaller(name: str, **kwargs: Any) -> nn.Module:
+        narrow = {} if ":" in name else {"depth": 1, "embed_dim": 24, "num_heads": 2}
+        return create(name, **narrow, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", smaller)
+    return randomise(smaller(NAME, **SMALL))
+
+
+def same_weights(model: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_load_without_weights(small_timm: nn.Module) -> None:
+    model = smi.load_model(NAME, pretrained=False, num_classes=3, img_size=(32, 48))
+    assert not model.training and SparseModel(model).info.input_size == (3, 32, 48)
+    assert model.num_classes == 3 and not same_weights(model, small_timm)
+
+
+WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "plain": lambda state: state,
+    "model": lambda state: {"model": state, "epoch": 3},
+    "state_dict": lambda state: {"state_dict": state, "optimizer": {"lr": 0.1}},
+    "module": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "both": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    "ema": lambda state: {"model": {name: value + 1 for name, value in state.items()}, "model_ema": state},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_pth_round_trip(wrapping: str, small_timm: nn.Module, tmp_path: Path) -> None:
+    torch.save(WRAPPINGS[wrapping](small_timm.state_dict()), tmp_path / "weights.pth")
+    assert same_weights(smi.load_model(NAME, checkpoint=tmp_path / "weights.pth", **SMALL), small_timm)
+
+
+@pytest.mark.parametrize("wrapping", ["plain", "module"])
+def test_safetensors_round_trip(wrapping: str, small_timm: nn.Module, tmp_path: Path) -> None:
+    save_file(WRAPPINGS[wrapping](small_timm.state_dict()), tmp_path / "weights.safetensors")
+    model = smi.load_model(NAME, checkpoint=str(tmp_path / "weights.safetensors"), **SMALL)
+    assert same_weights(model, small_timm) and not model.training
+
+
+def test_local_dir(small_timm: Any, tmp_path: Path) -> None:
+    arguments = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32}
+    save_for_hf(small_timm, tmp_path, model_args=arguments, safe_serialization=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    model = smi.load_model(f"local-dir:{tmp_path}")
+    assert same_weights(model, small_timm)
+    with pytest.raises(SmiError, match=r"cannot get the published weights of 'local-dir:.*absent'"):
+        smi.load_model(f"local-dir:{tmp_path}/absent")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_checkpoint_of_a_compiled_model(prefix: str, small_timm: nn.Module, tmp_path: Path) -> None:
+    state = {f"{prefix}{name}": value for name, value in small_timm.state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    assert same_weights(smi.load_model(NAME, checkpoint=tmp_path / "weights.safetensors", **SMALL), small_timm)
+
+
+def test_checkpoint_with_numbers_for_names(small_timm: nn.Module, tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(2)}, tmp_path / "weights.pth")
+    with pytest.raises(SmiError, match="holds no state dict"):
+        smi.load_model(NAME, checkpoint=tmp_path / "weights.pth", **SMALL)
+
+
+class Code:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
+    trap, modern, old = tmp_path / "trap", tmp_path / "modern.pth", tmp_path / "old.pth"
+    torch.save({"model": {"weight": torch.zeros(2)}, "args": Code(trap)}, modern)
+    old.write_bytes(pickle.dumps(Code(trap), protocol=2))
+    for path in (modern, old):
+        with pytest.raises(SmiError, match="would have to run code to load; save its state_dict"):
+            smi.load_model(NAME, checkpoint=path)
+    assert not trap.exists()
+
+
+def test_checkpoints_that_do_not_fit(small_timm: nn.Module, tmp_path: Path) -> None:
+    def load(state: Any, name: str = "weights.pth") -> nn.Module:
+        torch.save(state, tmp_path / name)
+        return smi.load_model(NAME, checkpoint=tmp_path / name, **SMALL)
+
+    state = small_timm.state_dict()
+    other = r"of another architecture than vit_tiny_patch16_224: "
+    with pytest.raises(SmiError, match=other + r"size mismatch for head\.bias.*num_classes"):
+        load({**state, "head.bias": torch.zeros(9)})
+    with pytest.raises(SmiError, match=other + r"it lacks 'cls_token' \(1 missing, 0 unexpected"):
+        load({name: value for name, value in state.items() if name != "cls_token"})
+    with pytest.raises(SmiError, match=other + r"it has an unexpected 'dist_token' \(0 missing, 1 unexpected"):
+        load({**state, "dist_token": torch.zeros(1)})
+    for junk in ({}, [torch.zeros(1)], {"state_dict": {"epoch": 3}}, torch.zeros(2)):
+        with pytest.raises(SmiError, match="holds no state dict"):
+            load(junk)
+    (tmp_path / "short.safetensors").write_bytes(b"\x08")
+    (tmp_path / "short.pth").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("short.safetensors", "short.pth"):
+        with pytest.raises(SmiError, match=f"cannot read the checkpoint '.*{name}'"):
+            smi.load_model(NAME, checkpoint=tmp_path / name, **SMALL)
+    with pytest.raises(SmiError, match=r"there is no checkpoint '.*absent\.pth'"):
+        smi.load_model(NAME, checkpoint=tmp_path / "absent.pth", **SMALL)
+
+
+def test_names_that_are_not() -> None:
+    with pytest.raises(SmiError, match=r"unknown model 'deit_tny_patch16_224'\. Did you mean 'deit_tiny_patch16_224'"):
+        smi.load_model("deit_tny_patch16_224")
+    with pytest.raises(SmiError, match=r"Did you mean 'embedded:teacher'"):
+        smi.load_model("embedded:teache")
+    with pytest.raises(SmiError, match=r"embedded:judge is complete in itself; leave out checkpoint"):
+        smi.load_model("embedded:judge", img_size=64)
+    with pytest.raises(SmiError, match=r"resnet10t cannot be created with \{'img_size': 64\}"):
+        smi.load_model("resnet10t", pretrained=False, img_size=64)
+    for pretrained in (True, False):
+        with pytest.raises(SmiError, match=r"no_such_tag"):
+            smi.load_model("vit_tiny_patch16_224.no_such_tag", pretrained=pretrained)
