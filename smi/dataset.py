@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import smi_kernels
 from smi.augment import FILL, normal_images
 from smi.errors import SmiError, did_you_mean
 from smi.pool import Pool
@@ -109,8 +110,7 @@ def patch_mask(keep: Tensor, num_patches: int) -> Tensor:
 
 def pixel_mask(patches: Tensor, info: ModelInfo) -> Tensor:
     """(B, N) patch mask -> (B, H, W) pixel mask."""
-    height, width = info.patch_size
-    return patches.view(-1, *info.grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
+    return smi_kernels.patch_mask(patches, info.grid, info.patch_size)[:, 0]
 
 
 def fill_dropped(images: Tensor, keep: Tensor, indices: Tensor, info: ModelInfo, seed: int, fill: Fill) -> Tensor:

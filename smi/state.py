@@ -18,7 +18,7 @@ class ModelInfo:
 
     Attributes:
         name: what the user asked for (timm name with tag, path, ``embedded:teacher``).
-        weights_sha256: hash over all parameters and persistent buffers, by name, in float32 or their own integer type.
+        weights_sha256: hash over all parameters and persistent buffers, by name, as the caller's model holds them.
         input_size: (C, H, W) in pixels.
         mean, std: per channel, of the model's own data config.
         patch_size, grid: (height, width), in pixels and in patches.
