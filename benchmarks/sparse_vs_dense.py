@@ -108,7 +108,7 @@ def main() -> None:
         "--no-pretrained", action="store_true", help="random weights: timing is the same, images are not"
     )
     parser.add_argument("--preset", default="demo")
-    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, help="default: the preset's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=10, help="iterations of the final phase in a round")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the final phase")
@@ -120,14 +120,15 @@ def main() -> None:
     where = environment(device)
     network = smi.load_model(args.model, pretrained=not args.no_pretrained)
     model = smi.SparseModel(network, name=args.model, device=device)
-    config = smi.preset(args.preset).replace(batch_size=args.batch_size)
-    targets = [i % model.info.num_classes for i in range(args.batch_size)]
+    config = smi.preset(args.preset)
+    config = config.replace(batch_size=args.batch_size or config.batch_size)
+    targets = [i % model.info.num_classes for i in range(config.batch_size)]
     record: dict[str, Any] = {
         "benchmark": "sparse_vs_dense",
         "model": args.model,
         "random_weights": args.no_pretrained,
         "preset": args.preset,
-        "batch_size": args.batch_size,
+        "batch_size": config.batch_size,
         "iterations": config.iterations,
         "rounds": {"final_phase": args.rounds, "whole_schedule": args.schedule_rounds},
         "environment": where,
