@@ -267,6 +267,7 @@ PRESETS: dict[str, Config] = {
         learning_rate=0.1,
         tv2=5e-3,
         batch_size=40,
+        snapshots=10,
     ),
 }
 
