@@ -258,7 +258,7 @@ class _Page:
         yield "<h2>Objectives</h2>"
         terms = ("cross_entropy", "tv1", "tv2", "l2")
         weights: dict[str, float] = {n: getattr(tally.config, n) for n in terms}
-        batches = "The one batch."
+        batches = "The pool has one batch, so lines have no band."
         if tally.batches > 1:
             batches = f"Line: mean over {tally.batches} batches; band: lowest to highest."
         marks = " Dashed: pruning iterations." if self.prunings else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import smi
@@ -42,5 +43,6 @@ def test_both_measurements_run_and_report_counts() -> None:
     assert (phases["dense"]["kept"], phases["sparse"]["kept"]) == (64, 16)
     whole = sparse_vs_dense.whole_schedule(model, [0, 1], config, rounds=1)
     counted = sum(count_flops(model, kept) * n for kept, n in ((64, 2), (44, 2), (30, 2), (21, 2), (16, 1)))
-    assert whole["sparse"]["gflop_per_image"] == counted / 1e9
-    assert sparse_vs_dense.ratios(whole, "seconds")["flop_ratio"] == 9 * count_flops(model, 64) / counted
+    assert whole["sparse"]["gflop_per_image"] == pytest.approx(counted / 1e9)
+    ratio = sparse_vs_dense.ratios(whole, "seconds")["flop_ratio"]
+    assert ratio == pytest.approx(9 * count_flops(model, 64) / counted)
