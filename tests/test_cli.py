@@ -209,7 +209,12 @@ def test_signals_have_their_exit_codes(
         time.sleep(60)
 
     monkeypatch.setattr(smi.run, "run", stopped)
-    assert call("invert", *TINY, *SHORT, "-o", tmp_path / "p") == (code, "", line)
+    # A shell's background jobs inherit Ctrl-C ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("invert", *TINY, *SHORT, "-o", tmp_path / "p") == (code, "", line)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -81,7 +81,8 @@ def test_noise_depends_on_seed_and_image_number_alone(pool: Pool, tmp_path: Path
     noise = [dropped_pixels(item) for item in list(SyntheticDataset(pool, fill="noise"))]  # type: ignore[call-overload]
     again = SyntheticDataset(pool, fill="noise")
     assert all(torch.equal(dropped_pixels(again[i]), noise[i]) for i in reversed(range(7)))
-    stream = np.random.Generator(np.random.Philox(np.random.SeedSequence([5, 4])))
+    sequence = np.random.SeedSequence(5, spawn_key=(3, 4))  # pool seed; purpose "fill", image number
+    stream = np.random.Generator(np.random.Philox(sequence))
     expected = torch.from_numpy(stream.standard_normal((3, 8, 8), dtype=np.float32))
     item = again[4]
     assert torch.equal(dropped_pixels(item), dropped_pixels((expected, item[1])))
