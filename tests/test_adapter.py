@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from small import one_thread, randomise, tiny  # noqa: F401
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -133,6 +134,8 @@ def test_sparse_forward_and_pixel_gradient_are_timms(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["deit-distilled", "siglip", "dinov3", "rope-mixed", "perception-encoder"])
 def test_double_precision_stays_double(key: str) -> None:
+    if key == "rope-mixed" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip(f"timm {timm.__version__} rotates by float32 in a float64 model of its own accord, and fails")
     model = build(key, drop=0.4).double()
     images, sparse = pixels(model).requires_grad_(), sparse_model(model)
     forward, kept = drop_patches(model, images)
