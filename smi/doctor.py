@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from smi.adapters.timm import SparseModel
@@ -75,17 +74,6 @@ def doctor(
         "weights bytes": weights,
         "activation bytes per image": saved_bytes(sparse, info.num_patches)[1],
         "flops per image and iteration": count_flops(sparse, info.num_patches),
-        "difference from timm": _difference(sparse),
+        "difference from timm": sparse.difference,
     }
     return Diagnosis(name, True, "", facts, backends.status())
-
-
-@torch.no_grad()
-def _difference(sparse: SparseModel) -> float:
-    """Relative difference between timm's own forward and the sparse path fed every patch, on noise."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(2, *sparse.info.input_size, generator=generator, dtype=sparse.dtype).to(sparse.device)
-    cells = torch.arange(sparse.info.num_patches, device=sparse.device).flip(0).expand(2, -1)
-    dense, _ = sparse(images)
-    fed, _ = sparse(images, cells)
-    return ((dense - fed).norm() / dense.norm().clamp_min(1e-12)).item()

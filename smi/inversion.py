@@ -311,8 +311,9 @@ def _check_targets(targets: Tensor | Sequence[int], num_classes: int) -> Tensor:
     if (
         tensor.ndim != 1
         or not len(tensor)
-        or tensor.dtype.is_floating_point
-        or tensor.dtype in (torch.bool, torch.cfloat)
+        or tensor.is_floating_point()
+        or tensor.is_complex()
+        or tensor.dtype == torch.bool
     ):
         raise SmiError(
             f"targets have shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected class indices (B,) or "

@@ -53,7 +53,7 @@ def write_report(
     try:
         from smi.report_page import render
     except ModuleNotFoundError as error:
-        raise SmiError(f"a report needs {error.name}; install it with: pip install 'smi[report]'.") from None
+        raise SmiError(f"a report needs {error.name}; install it with: pip install {error.name}.") from None
     target = Path(pool_path) / "report" / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise SmiError(f"{str(target)!r} is a folder; give the name of the HTML file to write.")

@@ -12,6 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 N, CLASSES, PATCH = 16, 5, 4  # of `tiny`
+PRUNED = {"iterations": 14, "prune_at": (3, 6, 9), "prune_ratio": (0.3, 0.3, 0.3)}  # 16, 11, 7, 4 patches
+UNPRUNED = {"prune_at": (), "prune_ratio": ()}
+SEMANTICS = ["strict", "official"]
 
 
 @pytest.fixture(scope="module", autouse=True)

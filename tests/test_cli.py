@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from small import one_thread  # noqa: F401
 
 import smi.run
 from smi.cli import app
@@ -28,14 +29,6 @@ from smi.state import WorkPlan
 ROOT = Path(__file__).parent.parent
 TINY = ["test_vit", "--no-pretrained", "--img-size", "64", "--num-classes", "10", "--device", "cpu"]  # 16 patches
 SHORT = ["--iterations", "12", "--prune-at", "4,8", "--prune-ratio", ".3,.3", "--batch-size", "2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Call = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import CLASSES, PATCH, N, alive, one_thread, tiny  # noqa: F401
+from small import CLASSES, PATCH, PRUNED, SEMANTICS, UNPRUNED, N, alive, one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,10 +17,6 @@ import smi
 from smi import Config, Context, Inversion, Result, SmiError, SparseModel
 from smi.objectives import Objectives
 from smi.strategies import STRATEGIES
-
-PRUNED = {"iterations": 14, "prune_at": (3, 6, 9), "prune_ratio": (0.3, 0.3, 0.3)}  # 16, 11, 7, 4 patches
-UNPRUNED = {"prune_at": (), "prune_ratio": ()}
-SEMANTICS = ["strict", "official"]
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import CLASSES, one_thread, tiny  # noqa: F401
+from small import CLASSES, PRUNED, SEMANTICS, UNPRUNED, one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smi
 from smi import Config, Context, Inversion, Objective, SmiError, SparseModel
 from smi.objectives import Objectives
-
-PRUNED = {"iterations": 14, "prune_at": (3, 6, 9), "prune_ratio": (0.3, 0.3, 0.3)}  # 16, 11, 7, 4 patches
-UNPRUNED = {"prune_at": (), "prune_ratio": ()}
-SEMANTICS = ["strict", "official"]
 
 
 @pytest.fixture(scope="module")

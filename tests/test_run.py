@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small import one_thread  # noqa: F401
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -25,14 +25,6 @@ from smi.state import Result, WorkPlan
 DEPTH, WIDTH, PATCHES, CLASSES = 2, 32, 16, 5
 CONFIG = smi.Config(iterations=4, prune_at=(1, 3), prune_ratio=(0.3, 0.3), batch_size=3, snapshots=1)
 PLAN = WorkPlan.balanced(range(CLASSES), 8, 3, CLASSES)  # batches of 3, 3 and 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
