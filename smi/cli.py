@@ -175,7 +175,7 @@ def _invert(options: InvertOptions) -> None:
                 out=str(out),
                 model=asdict(model.info),
                 config=config.to_dict(),
-                device=str(model.device),
+                device=model.where,
                 images=len(plan.targets),
                 batches=plan.num_batches,
                 missing=missing,
@@ -244,7 +244,7 @@ def _plan(options: InvertOptions) -> None:
             **asdict(prediction),
         )
     else:
-        _print_prediction(prediction, model.info, str(model.device))
+        _print_prediction(prediction, model.info, model.where)
 
 
 def _print_prediction(prediction: Prediction, info: ModelInfo, device: str) -> None:
@@ -290,7 +290,7 @@ def doctor(options: DoctorOptions) -> None:
     from smi.doctor import doctor as examine
 
     device = str(resolve_device(options.device))
-    found = examine(options.build(seed=0), name=options.model, device=device)
+    found = examine(options.build(seed=0), name=options.model, device=device, backend=options.backend)
     if options.json:
         print(json.dumps(asdict(found)))
     else:

@@ -72,6 +72,12 @@ class ModelOptions:
     device: Annotated[
         str, _option("--device", panel=_WHAT, help="auto (cuda where there is one), cpu, cuda or cuda:N.")
     ] = "auto"
+    backend: Annotated[
+        str,
+        _option(
+            "--backend", panel=_WHAT, help="auto (fused kernels on a GPU where they can), triton, cuda, reference."
+        ),
+    ] = "auto"
 
     def load(self, config: Config) -> SparseModel:
         """The model, ready to be inverted.
@@ -88,6 +94,7 @@ class ModelOptions:
             device=device,
             precision=config.precision,
             ranking=config.ranking,
+            backend=self.backend,
         )
 
     def build(self, seed: int) -> Any:

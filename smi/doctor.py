@@ -39,6 +39,7 @@ def doctor(
     name: str | None = None,
     device: str = "cpu",
     precision: Literal["fp32", "bf16"] = "fp32",
+    backend: str = "auto",
 ) -> Diagnosis:
     """Examine a model, or the model of that name. An unsupported one is a finding, not an error.
 
@@ -51,7 +52,7 @@ def doctor(
         name, model = name or model, load_model(model)
     name = name or type(model).__name__
     try:
-        sparse = SparseModel(model, name=name, device=device, precision=precision)
+        sparse = SparseModel(model, name=name, device=device, precision=precision, backend=backend)
     except SmiError as error:
         return Diagnosis(name, False, str(error), backends=backends.status())
 
@@ -60,6 +61,8 @@ def doctor(
     facts = {
         "architecture": type(model).__name__,
         "device": str(sparse.device),
+        "backend": sparse.backend,
+        "against kernels": sparse.against_kernels,
         "input size": list(info.input_size),
         "patch size": list(info.patch_size),
         "grid": list(info.grid),

@@ -25,6 +25,8 @@ from smi.objectives import BUILT_IN, Context, Objective, Objectives
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
 
+_LOOK_EVERY = 64  # iterations on the device between two looks of the host, for progress and Ctrl-C
+
 Loss = Objective | Callable[[Context], Tensor]
 
 
@@ -38,6 +40,7 @@ class Inversion:
         indices: image numbers, which key the random streams; default 0..B-1.
         objectives: further loss terms: any ``callable(context) -> tensor``, or an `Objective` to weigh and name it.
         device: where to run if `model` is a plain module; default where it is.
+        backend: what to run on if `model` is a plain module, see `SparseModel`.
 
     Attributes:
         iteration: iterations done.
@@ -45,6 +48,7 @@ class Inversion:
         keep: (B, K) int64, surviving patches in grid order.
         offsets: (T, B or 1, 3) int64, the augmentation of every iteration: rows of (dy, dx, flip).
         schedule: pruning iteration -> patches kept from it on.
+        fused: whether whole iterations run on fused kernels; with objectives of your own the network alone does.
 
     Raises:
         SmiError: targets out of range, a schedule that leaves no patch, an unsupported model, ...
@@ -59,10 +63,13 @@ class Inversion:
         indices: Sequence[int] | None = None,
         objectives: Sequence[Loss] = (),
         device: str | torch.device | None = None,
+        backend: str = "auto",
     ) -> None:
         self.config = (config or Config()).resolved()
         if not isinstance(model, SparseModel):
-            model = SparseModel(model, device=device, precision=self.config.precision, ranking=self.config.ranking)
+            model = SparseModel(
+                model, device=device, precision=self.config.precision, ranking=self.config.ranking, backend=backend
+            )
         check_fit(model, self.config)
         self.model = model
         info = model.info
@@ -84,7 +91,13 @@ class Inversion:
         self.offsets = offsets.to(model.device)
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
         self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
-        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
+        self._descent: smi_kernels.PixelDescent | None = None
+        self.fused = model.vit is not None and not objectives
+        if self.fused:
+            self._descent = self._start_descent()
+            self.images = self._descent.images  # the very tensor that moves
+        else:
+            self._exp_avg, self._exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
 
         T, N = self.config.iterations, info.num_patches
         self.iteration = 0
@@ -110,10 +123,31 @@ class Inversion:
         """One iteration."""
         if self.done:
             raise SmiError(f"this inversion is done after {self.iteration} iterations; ask it for its result().")
+        self._advance(1)
+
+    def _advance(self, iterations: int) -> None:
+        """So many iterations, among which nothing but the last has to be looked at."""
         t = self.iteration
         if self.keep.shape[1] != self.schedule.get(t, self.keep.shape[1]):  # else pruned by a step that was cut short
             self._prune(t)
         began = time.perf_counter()  # after the records of the last phase, which take their own time
+        if self._descent is None:
+            self._iterate(t)
+        else:
+            with smi_kernels.use_backend(self.model.backend):
+                if self.strategy.wants_scores(t):
+                    _, self._scores = self._descent.rank(self.keep.shape[1])
+                self._descent.advance(iterations)
+        self.iteration += iterations
+        past_prunings = self.iteration > max(self.schedule, default=0)
+        if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
+            self._converged = self._stalled()
+        if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
+            self._track_best()
+        self._seconds += time.perf_counter() - began
+
+    def _iterate(self, t: int) -> None:
+        """Iteration `t`: forward, any losses, autograd, Adam."""
         self.images.requires_grad_(True)
         offsets = None if t in self.strategy.still else self.offsets[t]
         context, scores = self._forward(offsets, scores=self.strategy.wants_scores(t))
@@ -137,18 +171,22 @@ class Inversion:
         for name, value in means.items():
             self._history[name][t] = value
         self._scores = scores
-        self.iteration += 1
-        past_prunings = self.iteration > max(self.schedule, default=0)
-        if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
-            self._converged = self._stalled()
-        if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
-            self._track_best()
-        self._seconds += time.perf_counter() - began
+
+    def _stride(self) -> int:
+        """Iterations until something has to be looked at."""
+        t, config = self.iteration, self.config
+        if self._descent is None or self.strategy.wants_scores(t):
+            return 1
+        stops = [config.iterations, t + _LOOK_EVERY, *self.schedule, *(at - 1 for at in self.schedule)]
+        for every, wanted in ((config.patience, config.tolerance), (config.best_every, config.best)):
+            if wanted:
+                stops.append((t // every + 1) * every)
+        return min(stop for stop in stops if stop > t) - t
 
     def run(self, progress: Callable[[Inversion], None] | None = None) -> Result:
-        """All remaining iterations; `progress` is called after each with this object."""
+        """All remaining iterations; `progress` is called with this object after each, on fused kernels more seldom."""
         while not self.done:
-            self.step()
+            self._advance(self._stride())
             if progress is not None:
                 progress(self)
         return self.result()
@@ -157,7 +195,7 @@ class Inversion:
         """Means over the batch of each objective at the last iteration; waits for the device."""
         if not self.iteration:
             return {}
-        return {name: values[self.iteration - 1].item() for name, values in self._history.items()}
+        return {name: values[self.iteration - 1].item() for name, values in self._curves().items()}
 
     @torch.no_grad()
     def result(self) -> Result:
@@ -166,7 +204,7 @@ class Inversion:
         keep, dropped_at = self.keep, self._dropped_at
         if self.config.result_mask == "reranked" and self.schedule:
             keep = self._rerank(images)
-        logits, _ = self.model(images, keep if self.schedule else None)
+        logits, _ = self.model.feed(images, keep if self.schedule else None)
         context = Context(self.iteration, images, logits, self.targets, keep, None)
         snapshots = [*self._snapshots, (self.iteration, self._picture(images))]
         phases = [*self._phases, *self._phase()]
@@ -178,20 +216,49 @@ class Inversion:
             indices=torch.tensor(self.indices),
             logits=logits.float().cpu(),
             losses={name: term(context).float().cpu() for name, term in BUILT_IN.items()},
-            history={name: values[: self.iteration].float().cpu() for name, values in self._history.items()},
+            history={name: values[: self.iteration].float().cpu() for name, values in self._curves().items()},
             snapshots=torch.stack([picture for _, picture in snapshots]).cpu(),
             snapshot_at=[t for t, _ in snapshots],
             phases=phases,
         )
 
+    def _curves(self) -> dict[str, Tensor]:
+        """Name -> (T,), the mean over the batch of each objective at every iteration done."""
+        if self._descent is None:
+            return self._history
+        found = {"cross_entropy": self._descent.cross_entropies.mean(1)}
+        found.update(zip(("tv1", "tv2", "l2"), self._descent.priors.mean(1).unbind(1), strict=True))
+        curves = {term.name: found[term.name] for term in self.objectives.terms}
+        curves["total"] = torch.stack([term.weight * curves[term.name] for term in self.objectives.terms]).sum(0)
+        return curves
+
+    def _start_descent(self) -> smi_kernels.PixelDescent:
+        config = self.config
+        assert self.model.vit is not None
+        with smi_kernels.use_backend(self.model.backend):
+            return smi_kernels.PixelDescent(
+                self.model.vit,
+                self.images,
+                self.targets,
+                self.offsets,
+                low=self._low,
+                high=self._high,
+                cross_entropy=config.cross_entropy,
+                tv1=config.tv1,
+                tv2=config.tv2,
+                l2=config.l2,
+                learning_rate=config.learning_rate,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+                group=1 if config.norm == "image" else len(self.targets),
+                frozen=config.stopped == "frozen",
+            )
+
     def _forward(self, offsets: Tensor | None, scores: bool = False) -> tuple[Context, Tensor | None]:
         """Feed the surviving patches of the images under one augmentation."""
-        cells = None
-        if self.keep.shape[1] < self.model.info.num_patches:
-            cells = self.keep
-            if offsets is not None:
-                cells = smi_kernels.map_cells(cells, offsets, self.model.info.grid, self.model.info.patch_size)
-        logits, found = self.model(self.images, cells, offsets, scores)
+        keep = self.keep if self.keep.shape[1] < self.model.info.num_patches else None
+        logits, found = self.model.feed(self.images, keep, offsets, scores)
         context = Context(
             step=self.iteration,
             images=self.images,
@@ -212,7 +279,9 @@ class Inversion:
         self.keep = self.strategy.select(t, self.keep, self._scores)
         live = self._alive()
         self._dropped_at = torch.where(before & ~live, t, self._dropped_at)
-        if self.config.stopped == "frozen":
+        if self._descent is not None:
+            self._descent.prune(self.keep)
+        elif self.config.stopped == "frozen":
             self._live_pixels = smi_kernels.patch_mask(live, self.model.info.grid, self.model.info.patch_size)
 
     def _alive(self) -> Tensor:
@@ -225,7 +294,7 @@ class Inversion:
         share = math.prod((1 - Fraction(repr(ratio)) for ratio in self.config.prune_ratio), start=Fraction(1))
         count = max(1, min(math.floor((info.num_patches + info.num_prefix_tokens) * share), info.num_patches))
         everything = torch.arange(info.num_patches, device=images.device).repeat(images.shape[0], 1)
-        _, scores = self.model(images, scores=True)
+        _, scores = self.model.feed(images, scores=True)
         assert scores is not None
         return smi_kernels.select_tokens(scores, everything, count)
 
@@ -245,7 +314,7 @@ class Inversion:
         patience, t = self.config.patience, self.iteration
         if t - 2 * patience < max(self.schedule, default=0):
             return False
-        total = self._history["total"]
+        total = self._curves()["total"]
         before, after = (total[t - k * patience : t - (k - 1) * patience].mean() for k in (2, 1))
         return bool(before - after < self.config.tolerance * before.abs())
 
@@ -334,10 +403,11 @@ def invert(
     indices: Sequence[int] | None = None,
     progress: Callable[[Inversion], None] | None = None,
     device: str | torch.device | None = None,
+    backend: str = "auto",
 ) -> Result:
     """Invert one batch: images that `model` takes for `targets`, and the patches that were inverted to get there.
 
-    Arguments as for `Inversion`; `progress` is called after every iteration.
+    Arguments as for `Inversion`; `progress` as for `Inversion.run`.
 
     Example::
 
@@ -345,4 +415,7 @@ def invert(
         result = smi.invert(teacher, targets=[1, 207, 281], config=smi.preset("fast"))
         result.images, result.keep  # (3, 3, 224, 224) normalised, (3, 46) patch indices
     """
-    return Inversion(model, targets, config, objectives=objectives, indices=indices, device=device).run(progress)
+    inversion = Inversion(
+        model, targets, config, objectives=objectives, indices=indices, device=device, backend=backend
+    )
+    return inversion.run(progress)

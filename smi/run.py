@@ -68,8 +68,8 @@ def run(
             batch is made in any case. None: no limit.
         objectives: further terms of the loss, as for `Inversion`.
         on_open: called once with the numbers of the missing batches, before the first starts.
-        on_iteration: called after every iteration with the batch number and the loop object; reading losses from it
-            may wait for the device.
+        on_iteration: called again and again (see `Inversion.run`) with the batch number and the loop object; reading
+            losses from it may wait for the device.
         on_batch: called when a batch is safely on disk with its number, its result and its seconds.
 
     Raises:
@@ -79,7 +79,7 @@ def run(
     # What the first batch would refuse must not leave an empty pool behind.
     check_fit(model, config)
     Objectives(config, objectives)
-    writer = PoolWriter(out, model.info, config, plan, device=str(model.device), overwrite=overwrite)
+    writer = PoolWriter(out, model.info, config, plan, device=model.where, overwrite=overwrite)
     missing = list(writer.missing)
     if on_open is not None:
         on_open(missing)

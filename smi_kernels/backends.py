@@ -1,20 +1,29 @@
-"""Which implementations of the operations are live in this process and, where one is not, every reason why.
+"""Which implementation of the operations runs, which others could, and every reason why one cannot.
 
     python -m smi_kernels.backends
 
-Nothing is chosen here. Looking imports torch but not Triton, and leaves CUDA uninitialised, so that it is safe before a
-fork.
+Looking imports torch but not Triton, and leaves CUDA uninitialised, so that it is safe before a fork.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("reference", "triton", "cuda")
+_wanted: ContextVar[str] = ContextVar("backend", default="auto")
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Backend:
         reason: why it is live, or everything that stands against it, separated by semicolons.
     """
 
-    name: Literal["reference", "triton", "cuda"]
+    name: str
     live: bool
     reason: str
 
@@ -36,28 +45,107 @@ def status() -> list[Backend]:
     """All backends, the reference first."""
     import torch
 
-    # device_count asks NVML first; is_available would initialise the driver.
-    if torch.version.cuda is None and torch.version.hip is None:
-        gpu = [f"torch {torch.__version__} is built without GPU support"]
-    elif torch.cuda.device_count() == 0:
-        gpu = ["no CUDA GPU is visible"]
-    else:
-        gpu = []
-
+    against = {name: reasons_against(name) for name in ("triton", "cuda")}
     return [
         Backend("reference", True, f"PyTorch {torch.__version__}"),
-        Backend("triton", False, "; ".join(["this version has no Triton kernels", *_about_triton(), *gpu])),
-        Backend("cuda", False, "; ".join(["this version has no compiled operators", *_missing_compilers(), *gpu])),
+        *(Backend(name, not reasons, "; ".join(reasons) or _about_triton()) for name, reasons in against.items()),
     ]
 
 
-def _about_triton() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed"]
+def reasons_against(name: str, device: torch.device | None = None) -> list[str]:
+    """Every reason why backend `name` cannot run, at all or for tensors on `device`; empty if it can."""
+    if name == "reference":
+        return []
+    if name == "triton":
+        return [*_without_triton(), *(_without_gpu() if device is None else _not_for(device))]
+    if name == "cuda":
+        return ["this version has no compiled operators", *_missing_compilers(), *_without_gpu()]
+    raise ValueError(f"backend is {name!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context (of this thread) every operation runs on backend `name`.
+
+    Args:
+        name: ``reference``, ``triton``, ``cuda``, or ``auto``: kernels wherever they can run on the tensors' device,
+            else the reference.
+
+    Raises:
+        ValueError: no such backend, or not live, with every reason. Tensors on a device that it cannot serve raise when
+            an operation meets them: nothing falls back unasked.
+    """
+    if name != "auto":
+        reasons = reasons_against(name)
+        if reasons:
+            raise ValueError(f"backend {name!r} cannot run here: {'; '.join(reasons)}.")
+    token = _wanted.set(name)
     try:
-        return [f"triton {importlib.metadata.version('triton')} is installed but unused"]
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def choose(device: torch.device) -> str:
+    """The backend that an operation on tensors of `device` runs on. Raises ValueError if the wanted one cannot."""
+    wanted = _wanted.get()
+    if wanted == "reference":
+        return "reference"
+    reasons = _reasons(device, interpreted())
+    if not reasons:
+        return "triton" if wanted == "triton" or device.type == "cuda" else "reference"
+    if wanted == "auto":
+        return "reference"
+    raise ValueError(f"backend {wanted!r} cannot run on {device}: {'; '.join(reasons)}.")
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels in this process, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _reasons(device: torch.device, _interpreted: bool) -> list[str]:
+    return reasons_against("triton", device)
+
+
+def _not_for(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on tensors of this device."""
+    import torch
+
+    if interpreted():
+        return []
+    if device.type != "cuda":
+        return [f"tensors on {device.type} are not for GPU kernels, unless TRITON_INTERPRET=1 interprets them"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and (major, minor) < (8, 0):
+        return [f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"]
+    return []
+
+
+def _without_gpu() -> list[str]:
+    import torch
+
+    if interpreted():
+        return []
+    # device_count asks NVML first; is_available would initialise the driver.
+    if torch.version.cuda is None and torch.version.hip is None:
+        return [f"torch {torch.__version__} is built without GPU support"]
+    if torch.cuda.device_count() == 0:
+        return ["no CUDA GPU is visible"]
+    return []
+
+
+def _without_triton() -> list[str]:
+    return [] if importlib.util.find_spec("triton") else ["triton is not installed"]
+
+
+def _about_triton() -> str:
+    try:
+        version = f"triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:  # nightly builds of torch bring it under other names
-        return ["triton is installed but unused"]
+        version = "triton"
+    return f"{version}, interpreted on the CPU" if interpreted() else version
 
 
 def _missing_compilers() -> list[str]:

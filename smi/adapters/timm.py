@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import smi_kernels
-from smi.errors import SmiError
+import smi_kernels.backends
+from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
 
 Ranking = Literal["auto", "class_attention", "attention_pool", "received_attention"]
@@ -108,9 +109,14 @@ class SparseModel:
             attention pooling's, else the attention each patch receives in the last block.
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says.
+        backend: what `feed` runs on: ``triton`` is fused kernels, ``reference`` timm's own modules; ``auto`` takes
+            kernels on a GPU where they can run this model.
 
     Attributes:
         info: identity and geometry.
+        backend: ``triton`` or ``reference``.
+        against_kernels: every reason why `backend` is not ``triton``.
+        vit: the network on fused kernels, or None.
         device, dtype: where it runs, and the dtype of pixels and logits.
         difference: of the logits from timm's own, relative, all patches fed through the sparse path; at most 1e-3
             (0.1 in bf16).
@@ -118,7 +124,7 @@ class SparseModel:
 
     Raises:
         SmiError: not a supported model (with the reason), weights not finite, ranking not to be had, device missing,
-            or the twin's output differs from timm's.
+            backend not to be had (with every reason), or the output differs from timm's.
     """
 
     def __init__(
@@ -132,6 +138,7 @@ class SparseModel:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         class_names: Sequence[str] = (),
+        backend: str = "auto",
     ) -> None:
         reasons = unsupported_reasons(model)
         if reasons:
@@ -184,6 +191,11 @@ class SparseModel:
             ranking=self._ranking,
             class_names=labels if len(labels) == expected.shape[-1] else (),
         )
+        self.against_kernels = self._reasons_against_kernels(backend)
+        self.backend = "reference" if self.against_kernels else "triton"
+        self.vit: smi_kernels.SparseViT | None = None
+        if not self.against_kernels:
+            self.vit = smi_kernels.SparseViT.from_timm(model, precision, device=self.device)
         self.difference = self._check_dense(probe, expected)
 
     def __call__(
@@ -223,6 +235,27 @@ class SparseModel:
         self._tap.calls.clear()
         return logits.to(images.dtype), found.to(images.dtype)
 
+    @property
+    def where(self) -> str:
+        """Device and, unless it is the reference, backend, for people."""
+        return str(self.device) if self.backend == "reference" else f"{self.device}, {self.backend} kernels"
+
+    def feed(
+        self, images: Tensor, keep: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As a call, for patches of the un-augmented image, on `backend`.
+
+        Args:
+            keep: (B, K) int64 patches that are fed, wherever the augmentation moves them; None feeds all.
+        """
+        if self.vit is not None and not self._hooks:
+            with smi_kernels.use_backend(self.backend):
+                found = self.vit(images, keep, offsets, class_attention=scores)
+            return found if scores else (found, None)
+        if keep is not None and offsets is not None:
+            keep = smi_kernels.map_cells(keep, offsets, self.info.grid, self.info.patch_size)
+        return self(images, keep, offsets, scores)
+
     def watch(self, names: Sequence[str]) -> None:
         """Make the outputs of these submodules (``blocks.3``, ``norm``, ...) available as `features` after each call.
 
@@ -254,8 +287,32 @@ class SparseModel:
             hook.remove()
         self._hooks.clear()
         self._features.clear()
-        self._twin = None
+        self._twin = self.vit = None
         return self._original
+
+    def _reasons_against_kernels(self, wanted: str) -> list[str]:
+        """Every reason why `feed` does not run on fused kernels. Raises `SmiError` if those were asked for."""
+        if wanted not in ("auto", *smi_kernels.backends.BACKENDS):
+            expected = ", ".join(("auto", *smi_kernels.backends.BACKENDS))
+            raise SmiError(
+                f"backend is {wanted!r}; expected one of {expected}.{did_you_mean(wanted, expected.split(', '))}"
+            )
+        if wanted == "reference":
+            return ["the reference was asked for"]
+        name = "triton" if wanted == "auto" else wanted
+        reasons = [
+            *smi_kernels.backends.reasons_against(name, self.device),
+            *smi_kernels.unsupported_reasons(self._original),
+        ]
+        if self._ranking != "class_attention":
+            reasons.append(f"they rank by class attention, not by {self._ranking}")
+        if wanted == "auto" and self.device.type != "cuda" and not reasons:
+            return ["on a CPU they are interpreted, which only tests want"]
+        if reasons and wanted != "auto":
+            raise SmiError(
+                f"backend {wanted!r} cannot run {self.info.name}: {'; '.join(reasons)}. Use reference or auto."
+            )
+        return reasons
 
     def _resolve_ranking(self, wanted: Ranking) -> str:
         has = {
@@ -296,15 +353,15 @@ class SparseModel:
         return torch.stack(rows).mean(0)[:, prefix:]
 
     def _check_dense(self, probe: Tensor, expected: Tensor) -> float:
-        """Fed every patch in reverse, the slots must give what timm gave; fed half of them, a score for each.
+        """Fed every patch in reverse, the backend must give what timm gave; fed half of them, a score for each.
 
         Returns the relative difference of the logits.
         """
         cells = torch.arange(self.info.num_patches, device=self.device).flip(0)[None]
         half = cells[:, : (self.info.num_patches + 1) // 2]
         with torch.no_grad():
-            logits, _ = self(probe, cells)
-            _, scores = self(probe, half, scores=True)
+            logits, _ = self.feed(probe, cells)
+            _, scores = self.feed(probe, half, scores=True)
         error = ((logits - expected).norm() / expected.norm().clamp_min(1e-12)).item()
         limit = 0.1 if self._twin.patch_embed.proj.weight.dtype == torch.bfloat16 else 1e-3
         if not error <= limit:

@@ -1,1 +1,1 @@
-"""Attention probabilities of single rows, where a ranking needs them."""
+"""Attention over few tokens: forward, and gradients with respect to what the previous layer made."""

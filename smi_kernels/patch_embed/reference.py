@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smi_kernels.linear.reference import low, row_statistics
+
 
 def map_cells(keep: Tensor, offsets: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """The grid cell at which each kept patch lies once its image was augmented.
@@ -63,13 +65,20 @@ def gather_patches(images: Tensor, cells: Tensor, offsets: Tensor | None, patch_
         raise ValueError(f"images are {H} x {W}; expected multiples of the patch size {height} x {width}.")
     if cells.ndim != 2 or cells.shape[0] != B:
         raise ValueError(f"cells has shape {tuple(cells.shape)}; expected ({B}, K) for {B} images.")
-    K, columns = cells.shape[1], W // width
+    K = cells.shape[1]
+    source = _patch_sources(cells, offsets, H, W, patch_size).flatten(1)[:, None].expand(-1, C, -1)
+    pixels = images.flatten(2).gather(2, source).view(B, C, K, height * width)
+    return pixels.transpose(1, 2).reshape(B, K, C * height * width)
+
+
+def _patch_sources(cells: Tensor, offsets: Tensor | None, H: int, W: int, patch_size: tuple[int, int]) -> Tensor:
+    """(B, K, height * width) int64, where in the flattened image the pixels of each cell come from."""
+    height, width = patch_size
+    columns = W // width
     y = (cells // columns)[:, :, None] * height + torch.arange(height, device=cells.device)
     x = (cells % columns)[:, :, None] * width + torch.arange(width, device=cells.device)
     y, x = _source_pixels(y, x, offsets, H, W)
-    source = (y[..., :, None] * W + x[..., None, :]).reshape(B, 1, -1).expand(-1, C, -1)
-    pixels = images.flatten(2).gather(2, source).view(B, C, K, height * width)
-    return pixels.transpose(1, 2).reshape(B, K, C * height * width)
+    return (y[..., :, None] * W + x[..., None, :]).flatten(2)
 
 
 def augment(images: Tensor, offsets: Tensor) -> Tensor:
@@ -125,3 +134,105 @@ def embed_patches(images: Tensor, cells: Tensor, offsets: Tensor | None, weight:
     """
     patches = gather_patches(images, cells, offsets, (weight.shape[2], weight.shape[3]))
     return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+
+
+def fed_cells(
+    keep: Tensor | None, offsets: Tensor | None, images: int, grid: tuple[int, int], patch_size: tuple[int, int]
+) -> Tensor:
+    """(B, K) int64, the cell that each token is read at: of kept patches where they lie, else every cell in order."""
+    if keep is None:
+        return torch.arange(grid[0] * grid[1], device=None if offsets is None else offsets.device).repeat(images, 1)
+    return keep if offsets is None else map_cells(keep, offsets, grid, patch_size)
+
+
+def embed_tokens(
+    images: Tensor,
+    keep: Tensor | None,
+    offsets: Tensor | None,
+    weight: Tensor,
+    position: Tensor,
+    prefix: Tensor,
+    patch_height: int,
+    patch_width: int,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the kept patches of augmented images, behind prefix tokens, and what the first norm needs of them.
+
+    Args:
+        images: (B, C, H, W) float32.
+        keep: (B, K) int64 patches of the un-augmented images, or None for all. A kept patch is read at, and takes the
+            position embedding of, the cell that `map_cells` gives.
+        offsets: (B, 3) or (1, 3) int64 rows of (dy, dx, flip), or None for no augmentation.
+        weight: (D, C * patch_height * patch_width), in whose dtype operands of the product are.
+        position: (cells, D) float32, position embedding plus bias of the patch embedding.
+        prefix: (P, D) float32.
+        precision: of the kernels' products of float32 numbers, ``ieee`` or ``tf32``.
+
+    Returns:
+        x: (B, P + K, D) float32.
+        x_low: the same in the dtype of `weight`; empty if that is the dtype of `x`.
+        stats: (B (P + K), ceil(D / 64), 2) float32, `row_statistics`.
+    """
+    B, _, H, W = images.shape
+    size = (patch_height, patch_width)
+    cells = fed_cells(keep, offsets, B, (H // patch_height, W // patch_width), size).to(images.device)
+    patches = gather_patches(images, cells, offsets, size).to(weight.dtype)
+    tokens = patches.to(images.dtype) @ weight.to(images.dtype).T + position[cells]
+    x = torch.cat((prefix.expand(B, -1, -1), tokens), dim=1)
+    return x, low(x, weight.dtype), row_statistics(x.flatten(0, 1))
+
+
+def embed_tokens_dx(
+    dx_low: Tensor, weight: Tensor, prefix_tokens: int, scale: Tensor | None, precision: str = "ieee"
+) -> Tensor:
+    """Gradient of the pixels of the fed patches.
+
+    Args:
+        dx_low: (B, P + K, D) in the dtype of `weight`.
+        weight: (D, C * patch_height * patch_width).
+        prefix_tokens: P, rows that no pixel feeds.
+        scale: (B,) factor of each image, or None.
+
+    Returns:
+        (B, K, C * patch_height * patch_width) float32.
+    """
+    wide = torch.promote_types(dx_low.dtype, torch.float32)
+    d_patches = dx_low[:, prefix_tokens:].to(wide) @ weight.to(wide)
+    return d_patches if scale is None else d_patches * scale.view(-1, 1, 1)
+
+
+def slot_table(keep: Tensor, cells: int) -> Tensor:
+    """(B, cells) int32: which entry of `keep` (B, K) each patch of the un-augmented grid is, -1 if none."""
+    table = torch.full((keep.shape[0], cells), -1, dtype=torch.int32, device=keep.device)
+    entries = torch.arange(keep.shape[1], dtype=torch.int32, device=keep.device).expand_as(keep)
+    return table.scatter(1, keep, entries)
+
+
+def patches_to_pixels(
+    d_patches: Tensor,
+    keep: Tensor | None,
+    offsets: Tensor | None,
+    height: int,
+    width: int,
+    patch_height: int,
+    patch_width: int,
+) -> Tensor:
+    """Gradient of the images out of that of the patches they were read as; zero where no patch was read.
+
+    Args:
+        d_patches: (B, K, C * patch_height * patch_width).
+        keep, offsets: as for `embed_tokens`.
+        height, width: of the images.
+
+    Returns:
+        (B, C, height, width), dtype of `d_patches`.
+    """
+    B, K = d_patches.shape[:2]
+    size = (patch_height, patch_width)
+    cells = fed_cells(keep, offsets, B, (height // patch_height, width // patch_width), size).to(d_patches.device)
+    C = d_patches.shape[2] // (patch_height * patch_width)
+    pixels = d_patches.view(B, K, C, patch_height * patch_width).transpose(1, 2).flatten(2)
+    source = _patch_sources(cells, offsets, height, width, size).flatten(1)[:, None].expand_as(pixels)
+    return torch.zeros_like(pixels[..., :1]).repeat(1, 1, height * width).scatter(2, source, pixels).unflatten(
+        2, (height, width)
+    )

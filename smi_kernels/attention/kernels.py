@@ -1,0 +1,419 @@
+"""Triton kernels of self-attention over the tokens of one image, softmax(q k^T) v, and of its gradient.
+
+A program has one head of one image, in the forward of long rows one block of its queries. It reads q, k, v (and the
+output's gradient) once where all tokens fit one tile, so that bytes moved are B N H d times 4 elements forward and 7
+backward; probabilities are made again in the backward and never leave the chip.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smi_kernels import tuning
+from smi_kernels.attention.class_kernels import class_attention, class_attention_dx
+from smi_kernels.attention.row import attention_row
+from smi_kernels.attention.row import attention_row
+from smi_kernels.attention.rows import load_rows, normed, pairs, store_gradient, store_rows
+from smi_kernels.launch import launch
+from smi_kernels.tiles import compute_type, dot
+
+__all__ = ["attention", "attention_dx", "attention_row", "class_attention", "class_attention_dx"]
+
+
+@triton.jit
+def _scores(q, k, keys, N, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+    """(queries, keys) tile of q @ k^T; keys beyond the last token get no share of a softmax."""
+    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), COMPUTE), PRECISION)
+    return tl.where((keys < N)[None, :], s, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    qk_norm_ptr,  # (2, 2, D) or unused
+    out_ptr,  # (B, N, H, D)
+    EPS,
+    N,
+    H,
+    HAS_NORM: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // blocks % H
+    first_row = (pid // blocks // H).to(tl.int64) * N
+    stride_n = 3 * H * D
+    q_ptr = qkv_ptr + first_row * stride_n + head * D
+    k_ptr = q_ptr + H * D
+    v_ptr = k_ptr + H * D
+
+    rows = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, rows, N, stride_n, D, BLOCK_D)
+    q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
+    highest = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+    total = tl.zeros((BLOCK_M,), COMPUTE)
+    out = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+    for start in range(0, BLOCK_N if WHOLE else N, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
+        v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
+        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
+        s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+        higher = tl.maximum(highest, tl.max(s, axis=1))
+        p = tl.exp(s - higher[:, None])
+        if not WHOLE:
+            shrink = tl.exp(highest - higher)
+            total *= shrink
+            out *= shrink[:, None]
+        total += tl.sum(p, axis=1)
+        out = dot(p.to(v.dtype), v, out, PRECISION)
+        highest = higher
+    out *= (1.0 / total)[:, None]
+    store_rows(
+        out_ptr + first_row * (H * D) + head * D, out.to(out_ptr.dtype.element_ty), rows, N, H * D, D, BLOCK_D
+    )
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_dx_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    d_out_ptr,  # (B, N, H, D)
+    qk_norm_ptr,  # (2, 2, D) or unused
+    colsum_ptr,  # (3, H, D)
+    bias_ptr,  # (3, H, D)
+    dqkv_ptr,  # (B, N, 3, H, D)
+    dstats_ptr,  # (B, N, H, 2)
+    EPS,
+    N,
+    H,
+    HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    head = pid % H
+    first_row = (pid // H).to(tl.int64) * N
+    stride_n = 3 * H * D
+    part = H * D
+    qkv_ptr += first_row * stride_n + head * D
+    d_out_ptr += first_row * part + head * D
+    dqkv_ptr += first_row * stride_n + head * D
+    dstats_ptr += (first_row * H + head) * 2
+    colsum_ptr += head * D
+    bias_ptr += head * D
+
+    rows = tl.arange(0, BLOCK_N)
+    q = load_rows(qkv_ptr, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
+    k = load_rows(qkv_ptr + part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
+    v = load_rows(qkv_ptr + 2 * part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
+    d_out = load_rows(d_out_ptr, rows, N, part, D, BLOCK_D)
+    q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
+    k = normed(k, qk_norm_ptr, rows, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
+
+    # Each gradient leaves as soon as it is known, so that few tiles are alive at a time.
+    nothing = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+    s = _scores(q, k, rows, N, PRECISION, COMPUTE)
+    p = tl.exp(s - tl.max(s, axis=1)[:, None])
+    p *= (1.0 / tl.sum(p, axis=1))[:, None]
+    dv = dot(tl.trans(p.to(q.dtype)), d_out, nothing, PRECISION)
+    sums = store_gradient(
+        dv, qkv_ptr + 2 * part, qk_norm_ptr, colsum_ptr + 2 * part, bias_ptr + 2 * part, dqkv_ptr + 2 * part,
+        EPS, rows, N, stride_n, 2, False, COMPUTE, D, BLOCK_D,
+    )  # fmt: skip
+    dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_N, BLOCK_N), COMPUTE), PRECISION)
+    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(q.dtype)
+    dk = dot(tl.trans(ds), q, nothing, PRECISION)
+    sums += store_gradient(
+        dk, qkv_ptr + part, qk_norm_ptr, colsum_ptr + part, bias_ptr + part, dqkv_ptr + part,
+        EPS, rows, N, stride_n, 1, HAS_NORM, COMPUTE, D, BLOCK_D,
+    )  # fmt: skip
+    dq = dot(ds, k, nothing, PRECISION)
+    sums += store_gradient(
+        dq, qkv_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr,
+        EPS, rows, N, stride_n, 0, HAS_NORM, COMPUTE, D, BLOCK_D,
+    )  # fmt: skip
+    tl.store(pairs(dstats_ptr, rows, H * 2), sums, mask=(rows < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_long_dx_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    d_out_ptr,  # (B, N, H, D)
+    qk_norm_ptr,  # (2, 2, D) or unused
+    colsum_ptr,  # (3, H, D)
+    bias_ptr,  # (3, H, D)
+    dqkv_ptr,  # (B, N, 3, H, D)
+    dstats_ptr,  # (B, N, H, 2)
+    softmax_ptr,  # (B, H, 3, N)
+    EPS,
+    N,
+    H,
+    HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    head = pid % H
+    first_row = (pid // H).to(tl.int64) * N
+    qkv_ptr += first_row * (3 * H * D) + head * D
+    d_out_ptr += first_row * (H * D) + head * D
+    dqkv_ptr += first_row * (3 * H * D) + head * D
+    dstats_ptr += (first_row * H + head) * 2
+    colsum_ptr += head * D
+    bias_ptr += head * D
+    softmax_ptr += pid.to(tl.int64) * 3 * N
+    _queries_dx(
+        qkv_ptr, d_out_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
+        EPS, N, H, HAS_NORM, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    # What follows reads what other threads of this program, and no other program, wrote to dstats and softmax. A
+    # barrier of the program orders global memory among its threads.
+    tl.debug_barrier()
+    _keys_dx(
+        qkv_ptr, d_out_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
+        EPS, N, H, HAS_NORM, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _queries_dx(
+    qkv_ptr,  # (N, 3, H, D) of one image, at the columns of one head; the others likewise
+    d_out_ptr,
+    qk_norm_ptr,
+    colsum_ptr,
+    bias_ptr,
+    dqkv_ptr,
+    dstats_ptr,
+    softmax_ptr,
+    EPS,
+    N,
+    H,
+    HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq, its sums, and for each query its highest score, 1 / sum of exponentials, and sum of p dp."""
+    stride_n = 3 * H * D
+    k_ptr = qkv_ptr + H * D
+    v_ptr = k_ptr + H * D
+    for first in tl.range(0, N, BLOCK_M, disable_licm=True):
+        rows = first + tl.arange(0, BLOCK_M)
+        q = load_rows(qkv_ptr, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
+        q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
+        d_out = load_rows(d_out_ptr, rows, N, H * D, D, BLOCK_D)
+        highest = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+        total = tl.zeros((BLOCK_M,), COMPUTE)
+        delta = tl.zeros((BLOCK_M,), COMPUTE)
+        for start in tl.range(0, N, BLOCK_N, disable_licm=True):
+            keys = start + tl.arange(0, BLOCK_N)
+            k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
+            k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
+            v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
+            s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+            higher = tl.maximum(highest, tl.max(s, axis=1))
+            p = tl.exp(s - higher[:, None])
+            shrink = tl.exp(highest - higher)
+            total = total * shrink + tl.sum(p, axis=1)
+            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+            delta = delta * shrink + tl.sum(p * dp, axis=1)
+            highest = higher
+        share = 1.0 / total
+        delta *= share
+        dq = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+        for start in tl.range(0, N, BLOCK_N, disable_licm=True):
+            keys = start + tl.arange(0, BLOCK_N)
+            k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
+            k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
+            v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
+            s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+            p = tl.exp(s - highest[:, None]) * share[:, None]
+            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+            dq = dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, PRECISION)
+        tl.store(softmax_ptr + rows, highest, mask=rows < N)
+        tl.store(softmax_ptr + N + rows, share, mask=rows < N)
+        tl.store(softmax_ptr + 2 * N + rows, delta, mask=rows < N)
+        sums = store_gradient(
+            dq, qkv_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr,
+            EPS, rows, N, stride_n, 0, HAS_NORM, COMPUTE, D, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pairs(dstats_ptr, rows, H * 2), sums, mask=(rows < N)[:, None])
+
+
+@triton.jit
+def _keys_dx(
+    qkv_ptr,  # (N, 3, H, D) of one image, at the columns of one head; the others likewise
+    d_out_ptr,
+    qk_norm_ptr,
+    colsum_ptr,
+    bias_ptr,
+    dqkv_ptr,
+    dstats_ptr,
+    softmax_ptr,
+    EPS,
+    N,
+    H,
+    HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv; their sums join those that `_queries_dx` left."""
+    stride_n = 3 * H * D
+    part = H * D
+    for first in tl.range(0, N, BLOCK_M, disable_licm=True):
+        keys = first + tl.arange(0, BLOCK_M)
+        k = load_rows(qkv_ptr + part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
+        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
+        v = load_rows(qkv_ptr + 2 * part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
+        dk = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+        dv = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+        for start in tl.range(0, N, BLOCK_N, disable_licm=True):
+            rows = start + tl.arange(0, BLOCK_N)
+            q = load_rows(qkv_ptr, rows, N, stride_n, D, BLOCK_D)
+            q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
+            d_out = load_rows(d_out_ptr, rows, N, part, D, BLOCK_D)
+            # Queries beyond the last token are zeros and have a share of zero: they add exactly nothing.
+            highest = tl.load(softmax_ptr + rows, mask=rows < N, other=0.0)
+            share = tl.load(softmax_ptr + N + rows, mask=rows < N, other=0.0)
+            delta = tl.load(softmax_ptr + 2 * N + rows, mask=rows < N, other=0.0)
+            s = dot(q, tl.trans(k), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+            p = tl.exp(s - highest[:, None]) * share[:, None]
+            dv = dot(tl.trans(p.to(q.dtype)), d_out, dv, PRECISION)
+            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+            dk = dot(tl.trans((p * (dp - delta[:, None])).to(q.dtype)), q, dk, PRECISION)
+        sums = tl.load(pairs(dstats_ptr, keys, H * 2), mask=(keys < N)[:, None], other=0.0)
+        sums += store_gradient(
+            dv, qkv_ptr + 2 * part, qk_norm_ptr, colsum_ptr + 2 * part, bias_ptr + 2 * part, dqkv_ptr + 2 * part,
+            EPS, keys, N, stride_n, 2, False, COMPUTE, D, BLOCK_D,
+        )  # fmt: skip
+        sums += store_gradient(
+            dk, qkv_ptr + part, qk_norm_ptr, colsum_ptr + part, bias_ptr + part, dqkv_ptr + part,
+            EPS, keys, N, stride_n, 1, HAS_NORM, COMPUTE, D, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pairs(dstats_ptr, keys, H * 2), sums, mask=(keys < N)[:, None])
+
+
+class _Tile(NamedTuple):
+    """Rows of a block, tokens that it meets at a time (`whole`: all there are), warps, stages of loads in a loop."""
+
+    m: int
+    n: int
+    whole: bool
+    warps: int
+    stages: int
+
+
+# What fits the registers of every GPU from compute capability 8.0 on, by BLOCK_D; a choice depends on neither batch nor
+# GPU, so that an image's bits do not. Products of float32 keep their operands in registers, and get small tiles.
+
+
+def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
+    n = max(16, triton.next_power_of_2(N))
+    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
+        return _Tile(32, 32, False, 4 if BLOCK_D <= 64 else 8, 1)
+    if n > 256:
+        return _Tile(64, 64, False, 4, 2)
+    return _Tile(min(n, 64), n, True, {16: 1, 32: 2, 64: 4, 128: 4, 256: 8}[n], 1)
+
+
+def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
+    n = max(16, triton.next_power_of_2(N))
+    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
+        return _Tile(32, 32, False, 8, 1)
+    if n > (128 if BLOCK_D <= 64 else 64):
+        return _Tile(64, 64, False, 4 if BLOCK_D <= 64 else 8, 1)
+    return _Tile(n, n, True, max(4 if BLOCK_D <= 64 else 8, n // 16), 1)
+
+
+def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
+    B, N, _, H, D = qkv.shape
+    out = torch.empty(B, N, H * D, dtype=qkv.dtype, device=qkv.device)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    precision = tuning.dot_precision(precision)
+    tile = _forward_tile(N, BLOCK_D, qkv.dtype)
+    args = {
+        "qkv_ptr": qkv,
+        "qk_norm_ptr": qk_norm,
+        "out_ptr": out,
+        "EPS": eps,
+        "N": N,
+        "H": H,
+        "HAS_NORM": qk_norm is not None,
+        "WHOLE": tile.whole,
+        "PRECISION": precision,
+        "COMPUTE": compute_type(qkv.dtype),
+        "D": D,
+        "BLOCK_D": BLOCK_D,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+    }
+    grid = (B * H * -(-N // tile.m),)
+    launch(attention_kernel, grid, args, num_warps=tile.warps, num_stages=tile.stages)
+    return out
+
+
+def attention_dx(
+    qkv: Tensor,
+    d_out: Tensor,
+    qk_norm: Tensor | None,
+    eps: float,
+    colsum: Tensor,
+    bias: Tensor,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    B, N, _, H, D = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    dstats = torch.empty(B * N, H, 2, dtype=colsum.dtype, device=qkv.device)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    precision = tuning.dot_precision(precision)
+    tile = _dx_tile(N, BLOCK_D, qkv.dtype)
+    args = {
+        "qkv_ptr": qkv,
+        "d_out_ptr": d_out,
+        "qk_norm_ptr": qk_norm,
+        "colsum_ptr": colsum,
+        "bias_ptr": bias,
+        "dqkv_ptr": dqkv,
+        "dstats_ptr": dstats,
+        "EPS": eps,
+        "N": N,
+        "H": H,
+        "HAS_NORM": qk_norm is not None,
+        "PRECISION": precision,
+        "COMPUTE": compute_type(qkv.dtype),
+        "D": D,
+        "BLOCK_D": BLOCK_D,
+        "BLOCK_N": tile.n,
+    }
+    kernel = attention_dx_kernel
+    if not tile.whole:
+        softmax = torch.empty(B, H, 3, N, dtype=colsum.dtype, device=qkv.device)
+        kernel = attention_long_dx_kernel
+        args |= {"softmax_ptr": softmax, "BLOCK_M": tile.m}
+    launch(kernel, (B * H,), args, num_warps=tile.warps, num_stages=tile.stages)
+    return dqkv, dstats

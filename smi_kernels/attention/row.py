@@ -1,0 +1,52 @@
+"""Triton kernel of the attention row that ranks tokens: one program an image, each key read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smi_kernels.class_row import class_row, class_row_args
+from smi_kernels.launch import launch
+
+
+@triton.jit
+def attention_row_kernel(
+    query_ptr,  # (B, H, D)
+    key_ptr,  # (B, N, H, D)
+    norm_ptr,  # unused
+    row_ptr,  # (B, N)
+    SCALE,
+    EPS,
+    N,
+    H,
+    D,
+    query_stride_b,
+    query_stride_h,
+    query_stride_d,
+    key_stride_b,
+    key_stride_n,
+    key_stride_h,
+    key_stride_d,
+    HAS_NORM: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    image = tl.program_id(0)
+    row = class_row(
+        query_ptr, key_ptr, norm_ptr, image, SCALE, EPS, N, H, D, query_stride_b, query_stride_h, query_stride_d,
+        key_stride_b, key_stride_n, key_stride_h, key_stride_d, HAS_NORM, COMPUTE, BLOCK_N, WHOLE_D, BLOCK_D,
+    )  # fmt: skip
+    n = tl.arange(0, BLOCK_N)
+    tl.store(row_ptr + image.to(tl.int64) * N + n, row, mask=n < N)
+
+
+def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    B, _, N, _ = key.shape
+    row = torch.empty(B, N, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    args, warps = class_row_args(query, key.transpose(1, 2), scale, None, 0.0)
+    launch(attention_row_kernel, (B,), {**args, "row_ptr": row}, num_warps=warps)
+    return row

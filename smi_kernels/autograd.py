@@ -1,0 +1,59 @@
+"""The thin autograd layer: a `SparseViT` as one differentiable function of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smi_kernels.vit import SparseViT, Trace
+
+
+def apply_network(
+    vit: SparseViT, images: Tensor, keep: Tensor | None, offsets: Tensor | None, class_attention: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, classes), differentiable in `images`, and on request the class attention (B, K), which is not."""
+    logits, scores = _Network.apply(images, keep, offsets, vit, class_attention)
+    return logits, scores if class_attention else None
+
+
+class _Network(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, keep: Tensor | None, offsets: Tensor | None, vit: SparseViT, class_attention: bool
+    ) -> tuple[Tensor, Tensor]:
+        differentiable = ctx.needs_input_grad[0]
+        trace = vit.run(images.contiguous(), keep, offsets, trace=differentiable)
+        if class_attention:
+            fed = trace.tokens - vit.weights.prefix.shape[0]
+            everything = torch.arange(fed, device=images.device).repeat(images.shape[0], 1)
+            _, scores = vit.rank(trace, everything, fed)
+        else:
+            scores = images.new_empty(0)
+        ctx.mark_non_differentiable(scores)
+        if differentiable:
+            ctx.vit, ctx.shape = vit, images.shape
+            ctx.tokens = trace.tokens
+            ctx.save_for_backward(keep, offsets, *trace.tensors())
+        return trace.parts.sum(0), scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        vit: SparseViT = ctx.vit
+        keep, offsets, *tensors = ctx.saved_tensors
+        trace = Trace.of(tensors, len(vit.weights.heads_of_tokens), len(vit.weights.blocks), ctx.tokens)
+        scale = None
+        if vit.weights.low == torch.float16:
+            # Images never meet in the network, so each gradient can start near 1, where float16 is widest, and is put
+            # back in the end; a power of two changes no digit.
+            _, exponent = torch.frexp(d_logits.abs().amax(1))
+            scale = torch.ldexp(torch.ones_like(d_logits[:, 0]), exponent)
+            d_logits = d_logits / scale[:, None]
+        low = d_logits.to(vit.weights.low).contiguous()
+        d_patches = vit.backward(trace, low, vit.head_sums(trace.parts, low), scale)
+        _, _, height, width = ctx.shape
+        d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, height, width, *vit.weights.patch_size)
+        return d_images, None, None, None, None

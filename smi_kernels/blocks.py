@@ -1,0 +1,136 @@
+"""One Transformer block over folded weights: forward in five kernels, input-only backward in five.
+
+Rows are the tokens of all images, (B N, D). `x` is the residual stream in the wide dtype, `x_low` the same rounded to
+the dtype of matrix operands, `stats` its row statistics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smi_kernels.folding import Folded
+from smi_kernels.tuning import dot_precision
+
+
+class Saved(NamedTuple):
+    """What a block's backward needs: 18 bytes times width a token in 16 bits, and 16 of statistics.
+
+    Attributes:
+        x_low, moments: input, and mean and rstd of its rows.
+        qkv: (B N, 3 D); of a last block (B N, 2 D), keys and values alone.
+        x_mid_low, moments_mid: stream between attention and MLP, and its moments.
+        u: pre-activation of the MLP.
+        query: (B R, D) of a last block.
+    """
+
+    x_low: Tensor
+    moments: Tensor
+    qkv: Tensor
+    x_mid_low: Tensor
+    moments_mid: Tensor
+    u: Tensor
+    query: Tensor | None = None
+
+
+def forward(
+    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, dot: str
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """``x, x_low, stats`` behind a block, and what its backward needs."""
+    ops = torch.ops.smi
+    D = x.shape[1]
+    qkv, moments = ops.norm_linear(x_low, stats, *w.qkv, w.eps[0], x_low.dtype, dot)
+    out = ops.attention(qkv.view(-1, tokens, 3, heads, D // heads), w.qk_norm, w.qk_eps, dot_precision(dot))
+    return _rest(w, out.view(-1, D), x, dot, x_low, moments, qkv, None)
+
+
+def last_forward(
+    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, first: int, dot: str
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """As `forward`, for the `first` tokens of each image alone, the only ones that the head reads: (B first, D)."""
+    ops = torch.ops.smi
+    D = x.shape[1]
+    kv, moments = ops.norm_linear(x_low, stats, *w.of_key_and_value(), w.eps[0], x_low.dtype, dot)
+    query, _ = ops.norm_linear(
+        _first(x_low, tokens, first), _first(stats, tokens, first), *w.of_query(), w.eps[0], x_low.dtype, dot
+    )
+    out = ops.class_attention(
+        query.view(-1, first, heads, D // heads), kv.view(-1, tokens, 2, heads, D // heads), w.qk_norm, w.qk_eps
+    )
+    return _rest(w, out.view(-1, D), _first(x, tokens, first), dot, x_low, moments, kv, query)
+
+
+def _rest(
+    w: Folded, out: Tensor, x: Tensor, dot: str, x_low: Tensor, moments: Tensor, qkv: Tensor, query: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """From the attention's output to the end of the block."""
+    ops = torch.ops.smi
+    x_mid, x_mid_low, stats_mid = ops.linear_residual(out, w.proj.weight, w.proj.bias, x, dot)
+    x_mid_low = low_of(x_mid, x_mid_low)
+    u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot)
+    x, low, stats = ops.linear_residual(activation, w.fc2.weight, w.fc2.bias, x_mid, dot)
+    return x, low_of(x, low), stats, Saved(x_low, moments, qkv, x_mid_low, moments_mid, u, query)
+
+
+def backward(
+    w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, heads: int, dot: str
+) -> tuple[Tensor, Tensor]:
+    """``dx, dx_low`` in front of a block from those behind it."""
+    ops = torch.ops.smi
+    D = dx.shape[1]
+    dx, d_out = _rest_dx(w, saved, dx, dx_low, dot)
+    qkv = saved.qkv.view(-1, tokens, 3, heads, D // heads)
+    dqkv, dstats = ops.attention_dx(
+        qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot)
+    )
+    dx, dx_low = ops.norm_linear_dx(
+        dqkv.view(-1, 3 * D), w.qkv.weight, dstats, saved.x_low, saved.moments, dx, None, 1, 1, dot
+    )
+    return dx, low_of(dx, dx_low)
+
+
+def last_backward(
+    w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, heads: int, first: int, dot: str
+) -> tuple[Tensor, Tensor]:
+    """``dx, dx_low`` of all tokens in front of the last block from those of the `first` ones behind it."""
+    ops = torch.ops.smi
+    D = dx.shape[1]
+    dx, d_out = _rest_dx(w, saved, dx, dx_low, dot)
+    assert saved.query is not None
+    query, kv = w.of_query(), w.of_key_and_value()
+    d_query, d_kv, dstats = ops.class_attention_dx(
+        saved.query.view(-1, first, heads, D // heads),
+        saved.qkv.view(-1, tokens, 2, heads, D // heads),
+        d_out.view(-1, first, D),
+        w.qk_norm,
+        w.qk_eps,
+        query.colsum,
+        query.bias,
+        kv.colsum,
+        kv.bias,
+    )
+    extra = ops.linear_dx(d_query.view(-1, D), query.weight, dx.dtype, dot)
+    dx, dx_low = ops.norm_linear_dx(
+        d_kv.view(-1, 2 * D), kv.weight, dstats, saved.x_low, saved.moments, dx, extra, tokens, first, dot
+    )
+    return dx, low_of(dx, dx_low)
+
+
+def _rest_dx(w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, dot: str) -> tuple[Tensor, Tensor]:
+    """Gradients of the stream between attention and MLP, and of the attention's output."""
+    ops = torch.ops.smi
+    du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot)
+    dx, dx_low = ops.norm_linear_dx(du, w.fc1.weight, dstats, saved.x_mid_low, saved.moments_mid, dx, None, 1, 1, dot)
+    return dx, ops.linear_dx(low_of(dx, dx_low), w.proj.weight, w.proj.weight.dtype, dot)
+
+
+def low_of(x: Tensor, x_low: Tensor) -> Tensor:
+    """`x_low`, for which an operation returns an empty tensor where it would be `x` itself."""
+    return x if x_low.dtype == x.dtype else x_low
+
+
+def _first(rows: Tensor, tokens: int, first: int) -> Tensor:
+    """The `first` rows of each `tokens`; a view if that is one."""
+    return rows.view(-1, tokens, *rows.shape[1:])[:, :first].reshape(-1, *rows.shape[1:])

@@ -1,0 +1,124 @@
+"""Input gradients of the operators that have one, for use apart from `SparseViT`, which calls the ``_dx`` ones itself.
+
+Weights, biases and everything precomputed from them are constants: no gradient reaches them. `stats` counts as a
+function of the rows it belongs to, whose gradient includes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smi_kernels.linear.reference import gradient_sums
+
+
+def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, qk_norm, ctx.eps, ctx.precision = inputs
+    ctx.save_for_backward(qkv, qk_norm)
+
+
+def _attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    qkv, qk_norm = ctx.saved_tensors
+    unused = torch.zeros(qkv[0, 0].numel(), dtype=_wide(qkv.dtype), device=qkv.device)
+    dqkv, _ = torch.ops.smi.attention_dx(qkv, d_out.contiguous(), qk_norm, ctx.eps, unused, unused, ctx.precision)
+    return dqkv, None, None, None
+
+
+def _class_attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, kv, qk_norm, ctx.eps = inputs
+    ctx.save_for_backward(query, kv, qk_norm)
+
+
+def _class_attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    query, kv, qk_norm = ctx.saved_tensors
+    unused = torch.zeros(kv[0, 0].numel(), dtype=_wide(kv.dtype), device=kv.device)
+    half = unused[: unused.numel() // 2]
+    d_query, d_kv, _ = torch.ops.smi.class_attention_dx(
+        query, kv, d_out.contiguous(), qk_norm, ctx.eps, half, half, unused, unused
+    )
+    return d_query, d_kv, None, None
+
+
+def _embed_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    images, keep, offsets, weight, _, prefix, ctx.height, ctx.width, ctx.precision = inputs
+    ctx.size, ctx.prefix = images.shape[2:], prefix.shape[0]
+    ctx.save_for_backward(keep, offsets, weight)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _embed(ctx: Any, dx: Tensor, dx_low: Tensor, _: Tensor) -> tuple[Any, ...]:
+    keep, offsets, weight = ctx.saved_tensors
+    dx = _joined(dx, dx_low).to(weight.dtype).contiguous()
+    d_patches = torch.ops.smi.embed_tokens_dx(dx, weight, ctx.prefix, None, ctx.precision)
+    d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, *ctx.size, ctx.height, ctx.width)
+    return d_images, *[None] * 8
+
+
+def _norm_linear_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weight, colsum, bias, _, *_, ctx.precision = inputs
+    ctx.save_for_backward(x, weight, colsum, bias, output[0], output[-1])
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(output[-1])
+
+
+def _norm_linear(ctx: Any, du: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return _through_norm(ctx, du)
+
+
+def _norm_linear_gelu(ctx: Any, du: Tensor, d_activation: Tensor, _: Tensor) -> tuple[Any, ...]:
+    u = ctx.saved_tensors[4]
+    wide = torch.ops.aten.gelu_backward(d_activation.to(_wide(u.dtype)), u.to(_wide(u.dtype)))
+    return _through_norm(ctx, du + wide)
+
+
+def _through_norm(ctx: Any, du: Tensor) -> tuple[Any, ...]:
+    x, weight, colsum, bias, u, moments = ctx.saved_tensors
+    du = du.to(weight.dtype).contiguous()
+    dstats = gradient_sums(du, u, colsum, bias)
+    dx, dx_low = torch.ops.smi.norm_linear_dx(du, weight, dstats, x, moments, None, None, 1, 1, ctx.precision)
+    return dx if dx_low.dtype == dx.dtype else dx_low, *[None] * (ctx.inputs - 1)
+
+
+def _linear_residual_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, _, _, ctx.precision = inputs
+    ctx.save_for_backward(weight)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _linear_residual(ctx: Any, dx: Tensor, dx_low: Tensor, _: Tensor) -> tuple[Any, ...]:
+    (weight,) = ctx.saved_tensors
+    dx = _joined(dx, dx_low)
+    da = torch.ops.smi.linear_dx(dx.to(weight.dtype).contiguous(), weight, weight.dtype, ctx.precision)
+    return da, None, None, dx, None
+
+
+def _prior_sums_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _prior_sums(ctx: Any, d_sums: Tensor) -> Tensor:
+    d_images: Tensor = torch.ops.smi.prior_sums_dx(*ctx.saved_tensors, d_sums.contiguous())
+    return d_images
+
+
+DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention, _attention_saved),
+    "class_attention": (_class_attention, _class_attention_saved),
+    "embed_tokens": (_embed, _embed_saved),
+    "linear_residual": (_linear_residual, _linear_residual_saved),
+    "norm_linear": (_norm_linear, _norm_linear_saved),
+    "norm_linear_gelu": (_norm_linear_gelu, _norm_linear_saved),
+    "prior_sums": (_prior_sums, _prior_sums_saved),
+}
+
+
+def _joined(dx: Tensor, dx_low: Tensor) -> Tensor:
+    """The whole gradient of what went on in two dtypes; the low one is empty where there was no other."""
+    return dx + dx_low.to(dx.dtype) if dx_low.numel() else dx
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,297 @@
+"""A timm Vision Transformer's weights in the form the kernels want: as few and as large linear maps as there can be.
+
+Folded exactly, in float64: a LayerNorm's weight and bias into the linear layer behind it, the softmax scale into the
+query's weights (or the query norm's), LayerScale into the layer before it, the patch embedding's bias and the class
+tokens into the position embedding, the mean of distilled heads into the heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(NamedTuple):
+    """``weight`` (OUT, IN) in the low dtype; ``colsum`` = weight.sum(1) and ``bias``, (OUT,) in the wide one."""
+
+    weight: Tensor
+    colsum: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One block.
+
+    Attributes:
+        qkv: (3 D, D), with the first norm and the softmax scale.
+        proj, fc1, fc2: attention's output, with the first LayerScale; hidden layer, with the second norm; output, with
+            the second LayerScale.
+        qk_norm: (4, d) weight and bias of the query norm (with the softmax scale) and of the key norm, or None.
+        eps, qk_eps: of the two norms, and of query and key norm.
+    """
+
+    qkv: Linear
+    proj: Linear
+    fc1: Linear
+    fc2: Linear
+    qk_norm: Tensor | None
+    eps: tuple[float, float]
+    qk_eps: float
+
+    def of_query(self) -> Linear:
+        D = self.qkv.weight.shape[0] // 3
+        return Linear(*(part[:D] for part in self.qkv))
+
+    def of_key_and_value(self) -> Linear:
+        D = self.qkv.weight.shape[0] // 3
+        return Linear(*(part[D:] for part in self.qkv))
+
+
+@dataclass(frozen=True)
+class VitWeights:
+    """A whole network.
+
+    Attributes:
+        patch_weight: (D, C * height * width) in the low dtype.
+        position: (cells, D) position embedding of each cell plus the patch embedding's bias.
+        prefix: (P, D) class, distillation and register tokens with their positions.
+        blocks: in order.
+        heads_of_tokens: what the head makes of each head-read token, or of the mean of the patch tokens; with its norm.
+        head_tokens: R, how many first tokens the head reads; 0 if it reads the mean of the patch tokens.
+        head_eps: of the head's norm.
+        patch_size, grid: (height, width), in pixels and in patches.
+        heads, width: H and D.
+        low, wide: dtypes of matrix operands, and of sums, residual stream, images and logits.
+    """
+
+    patch_weight: Tensor
+    position: Tensor
+    prefix: Tensor
+    blocks: tuple[Folded, ...]
+    heads_of_tokens: tuple[Linear, ...]
+    head_tokens: int
+    head_eps: float
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]
+    channels: int
+    heads: int
+    width: int
+    has_class_token: bool
+    low: torch.dtype
+    wide: torch.dtype
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def num_classes(self) -> int:
+        return self.heads_of_tokens[0].weight.shape[0]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> VitWeights:
+        """The same with `function` of every tensor."""
+        return cast(VitWeights, _apply(self, function))
+
+
+def _apply(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Linear):
+        return Linear(*(function(part) for part in value))
+    if isinstance(value, tuple):
+        return tuple(_apply(item, function) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: _apply(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def fold(model: Any, low: torch.dtype, device: torch.device) -> VitWeights:
+    """The folded weights of a model without `unsupported_reasons`, on `device`."""
+    wide = torch.promote_types(low, torch.float32)
+
+    def exact(value: Tensor) -> Tensor:
+        return value.detach().to(device, torch.float64)
+
+    def linear(layer: nn.Linear, before: nn.Module | None = None, after: Tensor | None = None) -> Linear:
+        """`before` is the norm in front of the layer, `after` a factor for each of its outputs."""
+        weight = exact(layer.weight)
+        bias = exact(layer.bias) if layer.bias is not None else weight.new_zeros(weight.shape[0])
+        if isinstance(before, nn.LayerNorm):
+            if before.bias is not None:
+                bias = bias + weight @ exact(before.bias)
+            if before.weight is not None:
+                weight = weight * exact(before.weight)
+        if after is not None:
+            weight, bias = weight * after[:, None], bias * after
+        rounded = weight.to(low)
+        # Of the rounded weights: the kernels subtract mean times colsum from a product with those.
+        return Linear(rounded.contiguous(), rounded.double().sum(1).to(wide), bias.to(wide))
+
+    def block(timm: Any) -> Folded:
+        attn = timm.attn
+        d, D = attn.head_dim, attn.qkv.in_features
+        scale = torch.ones(3 * D, dtype=torch.float64, device=device)
+        qk_norm = None
+        if isinstance(attn.q_norm, nn.LayerNorm):
+            rows = []
+            for norm, factor in ((attn.q_norm, attn.scale), (attn.k_norm, 1.0)):
+                ones = torch.ones(d, dtype=torch.float64, device=device)
+                rows.append((exact(norm.weight) if norm.weight is not None else ones) * factor)
+                rows.append((exact(norm.bias) if norm.bias is not None else 0 * ones) * factor)
+            qk_norm = torch.stack(rows).to(wide)
+        else:
+            scale[:D] = attn.scale
+        gammas = [exact(ls.gamma) if hasattr(ls, "gamma") else None for ls in (timm.ls1, timm.ls2)]
+        return Folded(
+            qkv=linear(attn.qkv, timm.norm1, scale),
+            proj=linear(attn.proj, after=gammas[0]),
+            fc1=linear(timm.mlp.fc1, timm.norm2),
+            fc2=linear(timm.mlp.fc2, after=gammas[1]),
+            qk_norm=qk_norm,
+            eps=(timm.norm1.eps, timm.norm2.eps),
+            qk_eps=getattr(attn.q_norm, "eps", 0.0),
+        )
+
+    embed = model.patch_embed
+    tokens = [t for name in ("cls_token", "dist_token", "reg_token") if (t := getattr(model, name, None)) is not None]
+    prefix = exact(torch.cat([t.detach()[0] for t in tokens])) if tokens else None
+    patch_weight = exact(embed.proj.weight).flatten(1)
+    position = patch_weight.new_zeros(embed.num_patches, patch_weight.shape[0])
+    if model.pos_embed is not None:
+        embedded = exact(model.pos_embed)[0]
+        if prefix is not None and not model.no_embed_class:
+            prefix = prefix + embedded[: len(prefix)]
+        position = embedded[-embed.num_patches :]
+    if embed.proj.bias is not None:
+        position = position + exact(embed.proj.bias)
+    if prefix is None:
+        prefix = patch_weight.new_empty(0, patch_weight.shape[0])
+
+    pools = model.global_pool == "avg"
+    norm = model.fc_norm if pools else next(n for n in (model.norm, model.fc_norm) if isinstance(n, nn.LayerNorm))
+    layers = [model.head] + ([model.head_dist] if getattr(model, "head_dist", None) is not None else [])
+    share = 1 / len(layers)
+    heads = []
+    for layer in layers:
+        if isinstance(layer, nn.Identity):  # the features themselves
+            layer = nn.Linear(patch_weight.shape[0], patch_weight.shape[0], bias=False, dtype=torch.float64)
+            layer.weight.data.copy_(torch.eye(patch_weight.shape[0]))
+        after = torch.full((layer.weight.shape[0],), share, dtype=torch.float64, device=device)
+        heads.append(linear(layer, norm, after))
+    first = model.blocks[0].attn
+    return VitWeights(
+        patch_weight=patch_weight.to(low).contiguous(),
+        position=position.to(wide).contiguous(),
+        prefix=prefix.to(wide).contiguous(),
+        blocks=tuple(block(b) for b in model.blocks),
+        heads_of_tokens=tuple(heads),
+        head_tokens=0 if pools else len(layers),
+        head_eps=norm.eps,
+        patch_size=tuple(embed.patch_size),
+        grid=tuple(embed.grid_size),
+        channels=embed.proj.in_channels,
+        heads=first.num_heads,
+        width=patch_weight.shape[0],
+        has_class_token=model.cls_token is not None,
+        low=low,
+        wide=wide,
+    )
+
+
+def unsupported_reasons(model: object) -> list[str]:
+    """Every reason why the kernels cannot run `model`; empty if they can.
+
+    Classes are compared exactly, since a subclass may compute anything.
+    """
+    if not isinstance(model, nn.Module):
+        return [f"expected a torch.nn.Module, got {type(model).__name__}"]
+    if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
+        return ["expected timm's VisionTransformer or VisionTransformerDistilled (ViT, DeiT, DeiT-III, DINO, ...)"]
+    vit: Any = model
+    reasons = [*_embedding(vit), *_head(vit)]
+    for number, block in enumerate(vit.blocks):
+        for reason in _block(block):
+            entry = f"{reason} (block {number})"
+            if not any(known.startswith(reason) for known in reasons):
+                reasons.append(entry)
+    if not len(vit.blocks):
+        reasons.append("it has no blocks")
+    return reasons
+
+
+def _embedding(vit: Any) -> list[str]:
+    embed, reasons = vit.patch_embed, []
+    if type(embed).__name__ != "PatchEmbed":
+        return [f"its {type(embed).__name__} is not timm's PatchEmbed"]
+    if tuple(embed.proj.kernel_size) != tuple(embed.patch_size) or tuple(embed.proj.stride) != tuple(embed.patch_size):
+        reasons.append("its patches overlap")
+    if embed.img_size is None:
+        reasons.append("it has no fixed input size; create it with img_size=")
+    elif any(size % patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True)):
+        reasons.append(f"its input {embed.img_size} is not a multiple of its patch {embed.patch_size}")
+    if not isinstance(embed.norm, nn.Identity):
+        reasons.append("its patch embedding has a norm")
+    if not isinstance(vit.norm_pre, nn.Identity):
+        reasons.append("it normalises the tokens before the first block")
+    return reasons
+
+
+def _head(vit: Any) -> list[str]:
+    reasons = []
+    if getattr(vit, "attn_pool", None) is not None:
+        reasons.append("its head pools by attention")
+    elif vit.global_pool not in ("token", "avg"):
+        reasons.append(f"its head pools by {vit.global_pool!r}, expected 'token' or 'avg'")
+    elif vit.global_pool == "avg" and getattr(vit, "pool_include_prefix", False):
+        reasons.append("its head pools prefix tokens too")
+    norms = [n for n in (vit.norm, vit.fc_norm) if not isinstance(n, nn.Identity)]
+    if len(norms) != 1 or not isinstance(norms[0], nn.LayerNorm):
+        reasons.append(f"expected one LayerNorm before its head, found {[type(n).__name__ for n in norms]}")
+    elif vit.global_pool == "avg" and norms[0] is not vit.fc_norm:
+        reasons.append("it normalises tokens before it pools them")
+    for layer in (vit.head, getattr(vit, "head_dist", None)):
+        if layer is not None and not isinstance(layer, (nn.Linear, nn.Identity)):
+            reasons.append(f"its head is a {type(layer).__name__}, not a Linear")
+    return reasons
+
+
+def _block(block: Any) -> list[str]:
+    if type(block).__name__ != "Block":
+        return [f"its blocks are {type(block).__name__}, not timm's Block"]
+    reasons = []
+    attn, mlp = block.attn, block.mlp
+    for norm in (block.norm1, block.norm2):
+        if not isinstance(norm, nn.LayerNorm):
+            reasons.append(f"it normalises by {type(norm).__name__}, not LayerNorm")
+    if type(attn).__name__ != "Attention":
+        reasons.append(f"its attention is {type(attn).__name__}, not timm's Attention")
+    else:
+        if getattr(attn, "qkv", None) is None or attn.qkv.out_features != 3 * attn.qkv.in_features:
+            reasons.append("query, key and value are not one square projection")
+        if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+            reasons.append("its attention output has a norm")
+        if getattr(attn, "gate", None) is not None:
+            reasons.append("its attention is gated")
+        for norm in (attn.q_norm, attn.k_norm):
+            if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+                reasons.append(f"query and key are normalised by {type(norm).__name__}, not LayerNorm")
+        if not 16 <= attn.head_dim <= 128 and attn.head_dim > 128:
+            reasons.append(f"its heads are {attn.head_dim} wide; the kernels go to 128")
+    if type(mlp).__name__ != "Mlp":
+        reasons.append(f"its MLP is {type(mlp).__name__}, not timm's Mlp")
+    else:
+        exact = (isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none") or type(mlp.act).__name__ == "GELU"
+        if not exact or getattr(mlp.act, "approximate", "none") != "none":
+            reasons.append(f"its activation is {mlp.act}, not the exact GELU")
+        if not isinstance(mlp.norm, nn.Identity):
+            reasons.append("its MLP has a norm inside")
+        if not isinstance(mlp.fc1, nn.Linear):
+            reasons.append("its MLP is convolutional")
+    return reasons

@@ -1,0 +1,25 @@
+"""Capture and replay of work on the GPU: what the host launched once, the device repeats without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Graph:
+    """What `body` launches, captured once as one CUDA graph.
+
+    `body` runs on fixed tensors: what it reads and writes in place keeps its address, what it allocates lives in the
+    graph's own pool. It must have run before, so that every kernel is compiled, and must not wait for the device.
+    """
+
+    def __init__(self, body: Callable[[], None], device: torch.device) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph):
+                body()
+
+    def replay(self) -> None:
+        self._graph.replay()

@@ -1,0 +1,87 @@
+"""The one door through which every Triton kernel is launched, so that launches can be counted, or recorded instead.
+
+A recorded launch does not run: launchers given tensors on the meta device then say what they would launch, which is how
+kernels are compiled ahead of time for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: numbers of programs along each axis.
+        args: arguments by name: tensors, numbers, compile-time constants.
+        options: ``num_warps``, ``num_stages``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any] = field(repr=False)
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+_observed: ContextVar[tuple[tuple[list[Launch], bool], ...]] = ContextVar("observed", default=())
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+) -> None:
+    """Run `kernel` on the device and current stream of its tensors; nothing if the grid is empty.
+
+    Raises:
+        ValueError: a grid larger than CUDA allows (2^31 - 1 along the first axis, 65535 along the others).
+    """
+    if 0 in grid:
+        return
+    if grid[0] >= 2**31 or any(n > 65535 for n in grid[1:]):
+        raise ValueError(f"{kernel.__name__} needs a grid of {grid} programs; CUDA allows at most (2^31 - 1, 65535).")
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    for seen, runs in _observed.get():
+        seen.append(Launch(kernel, grid, args, options))
+        if not runs:
+            return
+    device = next(value.device for value in args.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**args, **options)
+
+
+@contextlib.contextmanager
+def _observe(runs: bool) -> Iterator[list[Launch]]:
+    seen: list[Launch] = []
+    token = _observed.set(((seen, runs), *_observed.get()))
+    try:
+        yield seen
+    finally:
+        _observed.reset(token)
+
+
+def count_launches() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Within this context every launch is listed, and runs."""
+    return _observe(runs=True)
+
+
+def recording() -> bool:
+    """Whether launches are recorded and do not run."""
+    return any(not runs for _, runs in _observed.get())
+
+
+def record_launches() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Within this context every launch is listed, and does not run; tensors may be on the meta device."""
+    return _observe(runs=False)

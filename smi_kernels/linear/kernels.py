@@ -1,0 +1,495 @@
+"""Triton kernels of the linear family: one matrix product each, with all that surrounds it in prologue and epilogue.
+
+A program makes a BLOCK_M x BLOCK_N tile of the result in float32 and never splits the sum over K, so its bits do not
+depend on the number of rows unless the tile does. Bytes moved: both operands and the result once, plus the epilogue's
+reads, as far as tiles share them through L2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smi_kernels import tuning
+from smi_kernels.launch import launch
+from smi_kernels.tiles import STAT_CHUNK, chunks, compute_type, dot, row_moments, store_row_statistics
+
+
+@triton.jit
+def _tile_position(M, OUT, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of this program's tile; neighbours in time share columns of the weights through L2."""
+    GROUP: tl.constexpr = 8
+    tiles_n = tl.cdiv(OUT, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton.jit
+def _product(
+    a_ptr,  # (M, K), contiguous along K
+    b_ptr,  # element (k, n) at k * b_stride_k + n * b_stride_n
+    rows,  # (BLOCK_M,)
+    columns,  # (BLOCK_N,)
+    M,
+    OUT,
+    K,
+    a_stride_m,
+    b_stride_k,
+    b_stride_n,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) tile of a @ b. Rows beyond the end repeat the last one, columns are 0; stores mask both."""
+    k = tl.arange(0, BLOCK_K)
+    a_tile = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride_m + k[None, :]
+    b_tile = b_ptr + k[:, None] * b_stride_k + columns.to(tl.int64)[None, :] * b_stride_n
+    product = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_tile)
+            b = tl.load(b_tile, mask=(columns < OUT)[None, :], other=0.0)
+        else:
+            a = tl.load(a_tile, mask=(k < K - start)[None, :], other=0.0)
+            b = tl.load(b_tile, mask=(k < K - start)[:, None] & (columns < OUT)[None, :], other=0.0)
+        product = dot(a, b, product, PRECISION)
+        a_tile += BLOCK_K
+        b_tile += BLOCK_K * b_stride_k
+    return product
+
+
+@triton.jit
+def norm_linear_kernel(
+    x_ptr,  # (M, D)
+    stats_ptr,  # (M, chunks, 2)
+    weight_ptr,  # (OUT, D)
+    colsum_ptr,  # (OUT,)
+    bias_ptr,  # (OUT,)
+    u_ptr,  # (M, OUT)
+    activation_ptr,  # (M, OUT) or unused
+    moments_ptr,  # (M, 2)
+    EPS,
+    M,
+    OUT,
+    D,
+    x_stride_m,
+    stats_stride_m,
+    GELU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    product = _product(
+        x_ptr, weight_ptr, rows, columns, M, OUT, D, x_stride_m, 1, D,
+        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mean, rstd = row_moments(stats_ptr, rows, stats_stride_m, M, D, EPS, COMPUTE, CHUNKS)
+    if first_column == 0:
+        tl.store(moments_ptr + rows * 2, mean, mask=rows < M)
+        tl.store(moments_ptr + rows * 2 + 1, rstd, mask=rows < M)
+    colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
+    u = rstd[:, None] * (product - mean[:, None] * colsum[None, :]) + bias[None, :]
+    at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < OUT)[None, :]
+    tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
+    if GELU:
+        activation = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+        tl.store(activation_ptr + at, activation.to(activation_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_residual_kernel(
+    a_ptr,  # (M, K)
+    weight_ptr,  # (D, K)
+    bias_ptr,  # (D,)
+    residual_ptr,  # (M, D)
+    x_ptr,  # (M, D)
+    x_low_ptr,  # (M, D) or unused
+    stats_ptr,  # (M, chunks, 2)
+    M,
+    D,
+    K,
+    residual_stride_m,
+    stats_stride_m,
+    HAS_LOW: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    x = _product(
+        a_ptr, weight_ptr, rows, columns, M, D, K, K, 1, K,
+        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    x += tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
+    x += tl.load(
+        residual_ptr + rows.to(tl.int64)[:, None] * residual_stride_m + columns[None, :], mask=inside, other=0.0
+    )
+    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(x_ptr + at, x, mask=inside)
+    if HAS_LOW:
+        tl.store(x_low_ptr + at, x.to(x_low_ptr.dtype.element_ty), mask=inside)
+    store_row_statistics(stats_ptr, x, rows, first_column, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def linear_dx_kernel(
+    dy_ptr,  # (M, OUT)
+    weight_ptr,  # (OUT, D)
+    dx_ptr,  # (M, D)
+    M,
+    OUT,
+    D,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    dx = _product(
+        dy_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
+        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_gelu_dx_kernel(
+    dy_ptr,  # (M, D)
+    weight_ptr,  # (D, OUT)
+    u_ptr,  # (M, OUT)
+    colsum_ptr,  # (OUT,)
+    bias_ptr,  # (OUT,)
+    du_ptr,  # (M, OUT)
+    dstats_ptr,  # (M, chunks of OUT, 2)
+    M,
+    OUT,
+    D,
+    dstats_stride_m,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    product = _product(
+        dy_ptr, weight_ptr, rows, columns, M, OUT, D, D, OUT, 1,
+        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < OUT)[None, :]
+    u = tl.load(u_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    below = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+    density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    du = (product * (below + u * density)).to(du_ptr.dtype.element_ty)
+    tl.store(du_ptr + at, du, mask=inside)
+
+    # The sums are over du as it was stored, since that is what the next product reads.
+    du = tl.where(inside, du.to(COMPUTE), 0.0)
+    colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
+    PARTS: tl.constexpr = BLOCK_N // STAT_CHUNK
+    with_colsum = tl.sum(tl.reshape(du * colsum[None, :], (BLOCK_M, PARTS, STAT_CHUNK)), axis=2)
+    with_u = tl.sum(tl.reshape(du * (u - bias[None, :]), (BLOCK_M, PARTS, STAT_CHUNK)), axis=2)
+    part = first_column // STAT_CHUNK + tl.arange(0, PARTS)
+    pairs = dstats_ptr + rows.to(tl.int64)[:, None] * dstats_stride_m + part[None, :] * 2
+    mask = (rows < M)[:, None] & (part * STAT_CHUNK < OUT)[None, :]
+    tl.store(pairs, with_colsum, mask=mask)
+    tl.store(pairs + 1, with_u, mask=mask)
+
+
+@triton.jit
+def norm_linear_dx_kernel(
+    du_ptr,  # (M, OUT)
+    weight_ptr,  # (OUT, D)
+    dstats_ptr,  # (M, parts, 2)
+    x_ptr,  # (M, D)
+    moments_ptr,  # (M, 2)
+    residual_ptr,  # (M / tokens * first, D) or unused
+    extra_ptr,  # (M / tokens * first, D) or unused
+    dx_ptr,  # (M, D)
+    dx_low_ptr,  # (M, D) or unused
+    M,
+    OUT,
+    D,
+    parts,
+    tokens,
+    first,
+    x_stride_m,
+    residual_stride_m,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    wide = _product(
+        du_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
+        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    sums = tl.zeros((BLOCK_M, 2), COMPUTE)
+    for start in range(0, 2 * parts, 32):
+        number = start + tl.arange(0, 32)
+        mask = (rows < M)[:, None] & (number < 2 * parts)[None, :]
+        pairs = tl.load(dstats_ptr + rows.to(tl.int64)[:, None] * (2 * parts) + number[None, :], mask=mask, other=0.0)
+        sums += tl.sum(tl.reshape(pairs, (BLOCK_M, 16, 2)), axis=1)
+    with_colsum, with_u = tl.split(sums)
+
+    wide_rows = rows.to(tl.int64)[:, None]
+    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    token = (rows % tokens)[:, None]
+    chosen = inside & (token < first)
+    compact = (rows // tokens).to(tl.int64)[:, None] * first + token
+    if HAS_EXTRA:
+        wide += tl.load(extra_ptr + compact * D + columns[None, :], mask=chosen, other=0.0)
+    mean = tl.load(moments_ptr + rows * 2, mask=rows < M, other=0.0)
+    rstd = tl.load(moments_ptr + rows * 2 + 1, mask=rows < M, other=0.0)
+    x = tl.load(x_ptr + wide_rows * x_stride_m + columns[None, :], mask=inside, other=0.0).to(COMPUTE)
+    normalised = (x - mean[:, None]) * rstd[:, None]
+    dx = rstd[:, None] * (wide - (with_colsum / D)[:, None] - normalised * (with_u / D)[:, None])
+    if HAS_RESIDUAL:
+        dx += tl.load(residual_ptr + compact * residual_stride_m + columns[None, :], mask=chosen, other=0.0)
+    at = wide_rows * D + columns[None, :]
+    tl.store(dx_ptr + at, dx, mask=inside)
+    if HAS_LOW:
+        tl.store(dx_low_ptr + at, dx.to(dx_low_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_linear(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    u = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+    return u, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, None, precision)
+
+
+def norm_linear_gelu(
+    x: Tensor, stats: Tensor, weight: Tensor, colsum: Tensor, bias: Tensor, eps: float, precision: str = "ieee"
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    activation = torch.empty_like(u)
+    return u, activation, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, activation, precision)
+
+
+def _launch_norm_linear(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    u: Tensor,
+    activation: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Fills `u` and `activation`; returns the moments."""
+    M, D = x.shape
+    OUT = weight.shape[0]
+    moments = torch.empty(M, 2, dtype=stats.dtype, device=x.device)
+    tile = tuning.tile("norm_linear", x.dtype, M, OUT, D, precision, x.device)
+    args = {
+        "x_ptr": x,
+        "stats_ptr": stats,
+        "weight_ptr": weight,
+        "colsum_ptr": colsum,
+        "bias_ptr": bias,
+        "u_ptr": u,
+        "activation_ptr": activation,
+        "moments_ptr": moments,
+        "EPS": eps,
+        "M": M,
+        "OUT": OUT,
+        "D": D,
+        "x_stride_m": x.stride(0),
+        "stats_stride_m": stats.stride(0),
+        "GELU": activation is not None,
+        "CHUNKS": triton.next_power_of_2(chunks(D)),
+    }
+    _launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype)
+    return moments
+
+
+def linear_residual(
+    a: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, precision: str = "ieee"
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, K = a.shape
+    D = weight.shape[0]
+    x = torch.empty(M, D, dtype=residual.dtype, device=a.device)
+    x_low = _empty_low(x, a.dtype)
+    stats = torch.empty(M, chunks(D), 2, dtype=residual.dtype, device=a.device)
+    tile = tuning.tile("linear_residual", a.dtype, M, D, K, precision, a.device)
+    args = {
+        "a_ptr": a,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "x_ptr": x,
+        "x_low_ptr": x_low,
+        "stats_ptr": stats,
+        "M": M,
+        "D": D,
+        "K": K,
+        "residual_stride_m": residual.stride(0),
+        "stats_stride_m": stats.stride(0),
+        "HAS_LOW": x.dtype != a.dtype,
+    }
+    _launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype)
+    return x, x_low, stats
+
+
+def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str = "ieee") -> Tensor:
+    M, OUT = dy.shape
+    D = weight.shape[1]
+    dx = torch.empty(M, D, dtype=out_dtype, device=dy.device)
+    tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
+    args = {"dy_ptr": dy, "weight_ptr": weight, "dx_ptr": dx, "M": M, "OUT": OUT, "D": D}
+    _launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype)
+    return dx
+
+
+def linear_gelu_dx(
+    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
+    M, D = dy.shape
+    OUT = weight.shape[1]
+    du = torch.empty(M, OUT, dtype=u.dtype, device=u.device)
+    dstats = torch.empty(M, chunks(OUT), 2, dtype=colsum.dtype, device=u.device)
+    tile = tuning.tile("linear_gelu_dx", dy.dtype, M, OUT, D, precision, dy.device)
+    args = {
+        "dy_ptr": dy,
+        "weight_ptr": weight,
+        "u_ptr": u,
+        "colsum_ptr": colsum,
+        "bias_ptr": bias,
+        "du_ptr": du,
+        "dstats_ptr": dstats,
+        "M": M,
+        "OUT": OUT,
+        "D": D,
+        "dstats_stride_m": dstats.stride(0),
+    }
+    _launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype)
+    return du, dstats
+
+
+def norm_linear_dx(
+    du: Tensor,
+    weight: Tensor,
+    dstats: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    residual: Tensor | None,
+    extra: Tensor | None,
+    tokens: int,
+    first: int,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    M, OUT = du.shape
+    D = weight.shape[1]
+    dx = torch.empty(M, D, dtype=moments.dtype, device=du.device)
+    dx_low = _empty_low(dx, weight.dtype)
+    tile = tuning.tile("norm_linear_dx", du.dtype, M, D, OUT, precision, du.device)
+    args = {
+        "du_ptr": du,
+        "weight_ptr": weight,
+        "dstats_ptr": dstats,
+        "x_ptr": x,
+        "moments_ptr": moments,
+        "residual_ptr": residual,
+        "extra_ptr": extra,
+        "dx_ptr": dx,
+        "dx_low_ptr": dx_low,
+        "M": M,
+        "OUT": OUT,
+        "D": D,
+        "parts": dstats.shape[1],
+        "tokens": tokens,
+        "first": first,
+        "x_stride_m": x.stride(0),
+        "residual_stride_m": 0 if residual is None else residual.stride(0),
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_EXTRA": extra is not None,
+        "HAS_LOW": dx.dtype != weight.dtype,
+    }
+    _launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype)
+    return dx, dx_low
+
+
+def _launch_tiles(
+    kernel: Any,
+    args: dict[str, Any],
+    tile: tuning.Tile,
+    M: int,
+    N: int,
+    K: int,
+    precision: str,
+    compute: torch.dtype,
+) -> None:
+    """Launch one program for each tile of an (M, N) result whose sums run over K."""
+    launch(
+        kernel,
+        (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),),
+        {
+            **args,
+            "EVEN_K": K % tile.k == 0,
+            "PRECISION": tuning.dot_precision(precision),
+            "COMPUTE": compute_type(compute),
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+        },
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _empty_low(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0 if x.dtype == dtype else x.shape, dtype=dtype, device=x.device)

@@ -1,0 +1,70 @@
+"""What the kernels of several operations share: matrix products of tiles, and merging of row statistics.
+
+Row statistics come in chunks of `STAT_CHUNK` columns, as (mean, sum of squared deviations): whoever writes rows of
+width D leaves ceil(D / STAT_CHUNK) pairs a row, and whoever normalises them merges the pairs (Chan, Golub & LeVeque,
+"Updating formulae and a pairwise algorithm for computing sample variances", 1979). The chunk is fixed, so statistics do
+not depend on tile sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+STAT_CHUNK = tl.constexpr(64)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``; PRECISION is "ieee" or "tf32" and matters to float32 operands only."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter has no bfloat16 arithmetic
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def row_moments(stats_ptr, rows, stride_m, M, D, EPS, COMPUTE: tl.constexpr, CHUNKS: tl.constexpr):
+    """Mean and 1 / standard deviation of each row of `rows`, out of its ceil(D / STAT_CHUNK) <= CHUNKS pairs."""
+    chunk = tl.arange(0, CHUNKS)
+    count = tl.minimum(tl.maximum(D - chunk * STAT_CHUNK, 0), STAT_CHUNK).to(COMPUTE)
+    number = tl.arange(0, 2 * CHUNKS)
+    inside = (rows < M)[:, None] & (number // 2 * STAT_CHUNK < D)[None, :]
+    pairs = tl.load(stats_ptr + rows.to(tl.int64)[:, None] * stride_m + number[None, :], mask=inside, other=0.0)
+    means, squares = tl.split(tl.reshape(pairs, (rows.shape[0], CHUNKS, 2)))
+    mean = tl.sum(means * count[None, :], axis=1) / D
+    apart = means - mean[:, None]
+    variance = (tl.sum(squares, axis=1) + tl.sum(apart * apart * count[None, :], axis=1)) / D
+    return mean, 1.0 / tl.sqrt(variance + EPS)
+
+
+@triton.jit
+def store_row_statistics(stats_ptr, x, rows, first, stride_m, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave the pairs of the columns ``first .. first + BLOCK_N`` of the tile `x` (BLOCK_M, BLOCK_N)."""
+    PARTS: tl.constexpr = BLOCK_N // STAT_CHUNK
+    column = first + tl.reshape(tl.arange(0, BLOCK_N), (1, PARTS, STAT_CHUNK))
+    inside = column < D
+    count = tl.maximum(tl.sum(inside.to(tl.int32), axis=2), 1)
+    parts = tl.reshape(x, (BLOCK_M, PARTS, STAT_CHUNK))
+    mean = tl.sum(tl.where(inside, parts, 0.0), axis=2) / count
+    apart = tl.where(inside, parts - mean[:, :, None], 0.0)
+    chunk = first // STAT_CHUNK + tl.arange(0, PARTS)
+    pairs = stats_ptr + rows.to(tl.int64)[:, None] * stride_m + chunk[None, :] * 2
+    mask = (rows < M)[:, None] & (chunk * STAT_CHUNK < D)[None, :]
+    tl.store(pairs, mean, mask=mask)
+    tl.store(pairs + 1, tl.sum(apart * apart, axis=2), mask=mask)
+
+
+def chunks(D: int) -> int:
+    """Pairs of statistics of a row of width D."""
+    return -(-D // int(STAT_CHUNK))
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """What kernels accumulate in: float64 for float64 tensors, which only tests use, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

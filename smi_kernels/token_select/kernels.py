@@ -1,0 +1,168 @@
+"""Triton kernels of token selection: one program an image finds the count-th highest score bit by bit, then compacts.
+
+A score becomes an integer of the same order; the threshold's bits are then found from the highest down, since a bit
+belongs to it if at least `count` scores reach it. Bytes moved: `keep` and scores once; where the scores are
+made here also the keys once, or twice with a norm.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smi_kernels.class_row import class_row, class_row_args
+from smi_kernels.launch import launch
+from smi_kernels.tiles import compute_type
+
+
+@triton.jit
+def _chosen(scores, candidates, count):
+    """Whether each of `scores`, float32 or float64, is among the `count` highest `candidates`; earlier ties first."""
+    if scores.dtype == tl.float64:
+        BITS: tl.constexpr = 64
+        ORDER: tl.constexpr = tl.int64
+    else:
+        BITS: tl.constexpr = 32
+        ORDER: tl.constexpr = tl.int32
+    one = tl.full((), 1, ORDER)
+    lowest = one << (BITS - 1)
+    bits = scores.to(ORDER, bitcast=True)
+    order = tl.where(bits < 0, bits ^ ~lowest, bits)
+    order = tl.where(bits == lowest, 0, order)  # -0 is as high as +0
+    order = tl.where(scores != scores, ~lowest, order)
+
+    enough = tl.sum((candidates & (order >= 0)).to(tl.int32), axis=0) >= count
+    threshold = tl.where(enough, 0, lowest)
+    step = one << (BITS - 2)
+    for _ in range(BITS - 1):
+        higher = threshold | step
+        enough = tl.sum((candidates & (order >= higher)).to(tl.int32), axis=0) >= count
+        threshold = tl.where(enough, higher, threshold)
+        step = step >> 1
+
+    above = candidates & (order > threshold)
+    ties = (candidates & (order == threshold)).to(tl.int32)
+    left = count - tl.sum(above.to(tl.int32), axis=0)
+    return above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+
+
+@triton.jit
+def _store_chosen(keep_ptr, chosen, index, out_ptr):
+    """Entries `index` of a row of `keep` where `chosen`, next to each other."""
+    rank = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(out_ptr + rank, tl.load(keep_ptr + index, mask=chosen, other=0), mask=chosen)
+
+
+@triton.jit
+def select_tokens_kernel(
+    scores_ptr,  # (B, K)
+    keep_ptr,  # (B, K)
+    out_ptr,  # (B, count)
+    count,
+    K,
+    scores_stride_b,
+    scores_stride_k,
+    keep_stride_b,
+    keep_stride_k,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    scores = tl.load(scores_ptr + image * scores_stride_b + k * scores_stride_k, mask=k < K, other=0.0).to(COMPUTE)
+    chosen = _chosen(scores, k < K, count)
+    _store_chosen(keep_ptr + image * keep_stride_b, chosen, k * keep_stride_k, out_ptr + image * count)
+
+
+@triton.jit
+def rank_tokens_kernel(
+    query_ptr,  # (B, H, D)
+    key_ptr,  # (B, N, H, D)
+    norm_ptr,  # (4, D) or unused
+    keep_ptr,  # (B, K)
+    out_ptr,  # (B, count)
+    scores_ptr,  # (B, K)
+    SCALE,
+    EPS,
+    count,
+    prefix,
+    N,
+    H,
+    D,
+    query_stride_b,
+    query_stride_h,
+    query_stride_d,
+    key_stride_b,
+    key_stride_n,
+    key_stride_h,
+    key_stride_d,
+    keep_stride_b,
+    keep_stride_k,
+    HAS_NORM: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    image = tl.program_id(0)
+    row = class_row(
+        query_ptr, key_ptr, norm_ptr, image, SCALE, EPS, N, H, D, query_stride_b, query_stride_h, query_stride_d,
+        key_stride_b, key_stride_n, key_stride_h, key_stride_d, HAS_NORM, COMPUTE, BLOCK_N, WHOLE_D, BLOCK_D,
+    )  # fmt: skip
+    patch = tl.arange(0, BLOCK_N) - prefix
+    candidates = (patch >= 0) & (patch < N - prefix)
+    tl.store(scores_ptr + image.to(tl.int64) * (N - prefix) + patch, row, mask=candidates)
+    chosen = _chosen(row, candidates, count)
+    keep = keep_ptr + image.to(tl.int64) * keep_stride_b
+    _store_chosen(keep, chosen, patch * keep_stride_k, out_ptr + image.to(tl.int64) * count)
+
+
+def select_tokens(scores: Tensor, keep: Tensor, count: int) -> Tensor:
+    B, K = keep.shape
+    out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
+    BLOCK_K = max(16, triton.next_power_of_2(K))
+    args = {
+        "scores_ptr": scores,
+        "keep_ptr": keep,
+        "out_ptr": out,
+        "count": count,
+        "K": K,
+        "scores_stride_b": scores.stride(0),
+        "scores_stride_k": scores.stride(1),
+        "keep_stride_b": keep.stride(0),
+        "keep_stride_k": keep.stride(1),
+        "COMPUTE": compute_type(scores.dtype),
+        "BLOCK_K": BLOCK_K,
+    }
+    launch(select_tokens_kernel, (B,), args, num_warps=min(max(BLOCK_K // 128, 1), 16))
+    return out
+
+
+def rank_tokens(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    qk_norm: Tensor | None,
+    eps: float,
+    keep: Tensor,
+    count: int,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    B, K = keep.shape
+    out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
+    scores = torch.empty(B, K, dtype=torch.promote_types(query.dtype, torch.float32), device=keep.device)
+    shared, warps = class_row_args(query, key, scale, qk_norm, eps)
+    args = {
+        **shared,
+        "keep_ptr": keep,
+        "out_ptr": out,
+        "scores_ptr": scores,
+        "count": count,
+        "prefix": prefix,
+        "keep_stride_b": keep.stride(0),
+        "keep_stride_k": keep.stride(1),
+    }
+    launch(rank_tokens_kernel, (B,), args, num_warps=warps)
+    return out, scores

@@ -1,0 +1,99 @@
+"""The drop-in: loops written for timm, unchanged but for one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels import DEVICE
+from small import CLASSES, tiny
+from torch.nn import functional as F
+
+import smi_kernels
+from smi_kernels import accelerate
+
+
+def invert(model: Any, steps: int = 5) -> torch.Tensor:
+    """A dense inversion as people write it: Adam on the image, cross-entropy and a prior, through timm's call."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_(True)
+    targets = torch.tensor([1, 3], device=DEVICE)
+    optimizer = torch.optim.Adam([images], lr=0.01, eps=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), targets) + 1e-3 * images.square().mean()
+        loss.backward()
+        optimizer.step()
+    return images.detach()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_somebodys_loop_gives_the_same_images(backend: str) -> None:
+    model = tiny().double().to(DEVICE)
+    expected = invert(model)
+    with smi_kernels.use_backend(backend):
+        found = invert(accelerate(model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_saliency_of_single_logits_through_a_compiled_loop() -> None:
+    model = tiny().to(DEVICE)
+    images = torch.randn(2, 3, 16, 16, device=DEVICE)
+
+    def saliency(network: Any) -> torch.Tensor:
+        x = images.clone().requires_grad_(True)
+        network(x).max(1).values.sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(saliency(accelerate(model)), saliency(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_visible_stays_visible() -> None:
+    model = tiny().to(DEVICE)
+    fast = accelerate(model)
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
+    assert fast.num_classes == CLASSES and fast.patch_embed is model.patch_embed
+    assert fast.restore() is model
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = fast.no_such_thing
+
+
+def test_gradients_reach_images_and_no_weight() -> None:
+    model = tiny().to(DEVICE)
+    images = torch.randn(2, 3, 16, 16, device=DEVICE, requires_grad=True)
+    accelerate(model)(images).sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_changed_weights_are_folded_again() -> None:
+    model = tiny().to(DEVICE)
+    fast, images = accelerate(model), torch.randn(1, 3, 16, 16, device=DEVICE)
+    folded, before = fast.vit, fast(images)
+    assert fast.vit is folded
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fast(images), before)
+    model.double()
+    assert fast(images).dtype == torch.float64
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        fast(images)
+
+
+def test_keep_and_jitter_ride_along() -> None:
+    fast = accelerate(tiny().to(DEVICE), "fp16", memory="small", batch_invariant=True)
+    keep, images = torch.tensor([[1, 5, 6]], device=DEVICE), torch.randn(1, 3, 16, 16, device=DEVICE)
+    logits, attention = fast(images, keep=keep, jitter=torch.tensor([[1, -2, 1]], device=DEVICE), class_attention=True)
+    assert logits.shape == (1, CLASSES) and attention.shape == (1, 3)
+    assert torch.equal(fast(images, keep=keep), fast.vit(images, keep))
+
+
+def test_networks_move_but_do_not_change_precision() -> None:
+    vit = smi_kernels.SparseViT.from_timm(tiny().to(DEVICE))
+    with pytest.raises(ValueError, match=r"folded for fp32; fold the model again"):
+        vit.half()
+    assert vit.to("meta").weights.patch_weight.is_meta

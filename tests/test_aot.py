@@ -1,0 +1,123 @@
+"""Compiling ahead of time: what Triton would compile, what the machine code is read to need, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smi_kernels.aot import Resources
+
+ROOT = Path(__file__).parent.parent
+
+COMPILED = """
+import dataclasses, json, torch
+from smi_kernels import aot
+from smi_kernels.launch import record_launches
+from smi_kernels.linear.kernels import linear_dx
+from smi_kernels.token_select.kernels import select_tokens
+
+def empty(*shape, dtype): return torch.empty(shape, dtype=dtype, device="meta")
+
+with record_launches() as launches:
+    select_tokens(empty(2, 46, dtype=torch.float32), empty(2, 46, dtype=torch.int64), 23)
+    linear_dx(empty(1504, 384, dtype=torch.bfloat16), empty(384, 384, dtype=torch.bfloat16), torch.bfloat16)
+select, matrix = launches
+starved = dataclasses.replace(matrix, options={"num_warps": 1, "num_stages": 2})
+found = [aot.compile_launch(launch, 90) for launch in (select, matrix, starved)]
+print(json.dumps([{**dataclasses.asdict(one), "faults": one.faults()} for one in found]))
+"""
+
+AGREES = """
+import torch
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from smi_kernels import aot
+
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+values = [True, 0, 2, 16, -16, 2**31 - 1, 2**31, 2**40 + 1, 1.0, 0.5, *(torch.empty(8, dtype=t) for t in aot._TYPES)]
+values += [torch.empty(64)[4:], torch.empty(64)[1:], torch.empty(64, dtype=torch.bfloat16)[8:]]
+for value in values:
+    kind, attributes = native_specialize_impl(backend, value, False, True, True)
+    assert aot._describe(value) == (kind, "D" in (attributes or "")), value
+"""
+
+
+def plain(code: str) -> str:
+    """What `code` prints in a process in which Triton is not interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_describes_arguments_as_triton_does() -> None:
+    pytest.importorskip("triton._C.libtriton")
+    plain(AGREES)
+
+
+def test_reads_the_machine_code_of_a_gpu_that_is_not_here() -> None:
+    pytest.importorskip("triton._C.libtriton")
+    select, matrix, starved = json.loads(plain(COMPILED))
+    assert select["kernel"] == "select_tokens_kernel" and select["faults"] == []
+    assert select["matrix"] == {} and select["products16"] == [] and 8 <= select["registers"] <= 64
+    assert select["narrow"]["LDG"] >= 2 and select["narrow"]["STG"] >= 1
+    assert matrix["faults"] == [] and matrix["matrix"].keys() == {"HGMMA"}
+    assert matrix["products16"][0] >= 64 and matrix["shared"] > 0 and matrix["wide"]["LDGSTS"] > 0
+    assert starved["spills"] > 0 and starved["stack"] > 0
+    assert any(fault.startswith("spills") for fault in starved["faults"])
+
+
+GOOD = Resources(
+    kernel="k",
+    specialization="bf16",
+    capability=90,
+    registers=255,
+    stack=0,
+    spills=0,
+    shared=227 * 1024,
+    matrix={"HGMMA": 4},
+    wide={},
+    narrow={},
+    products16=(64,),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"spills": 1}, "spills"),
+        ({"stack": 8}, "spills"),
+        ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"capability": 80, "matrix": {"HMMA": 1}}, "shared memory"),
+        ({"capability": 100, "matrix": {"UTCHMMA": 1}}, None),
+        ({"matrix": {"HMMA": 4}}, "without HGMMA"),
+        ({"matrix": {"HMMA": 4}, "products16": (16,)}, None),
+        ({"matrix": {}, "products16": (16,)}, "without matrix"),
+        ({"matrix": {}, "products16": ()}, None),
+    ],
+)
+def test_faults(changes: dict[str, object], fault: str | None) -> None:
+    found = dataclasses.replace(GOOD, **changes).faults()  # type: ignore[arg-type]
+    assert found == [] if fault is None else len(found) == 1 and fault in found[0]
+
+
+def test_an_interpreted_process_refuses_to_compile() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "smi_kernels.aot"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr

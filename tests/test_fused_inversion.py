@@ -1,0 +1,186 @@
+"""Whole inversions on the fused operations against the ordinary loop on timm's modules and autograd, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels import DEVICE
+from small import PRUNED, SEMANTICS, UNPRUNED, tiny
+
+import smi
+from smi import Config, Inversion, SmiError, SparseModel
+from smi_kernels import PixelDescent, SparseViT, use_backend
+from smi_kernels.launch import record_launches
+
+BACKENDS = ["reference", "triton"]
+SHORT = {"iterations": 5, "prune_at": (2, 4), "prune_ratio": (0.3, 0.5)}  # interpreted kernels take their time
+
+
+def fused(model: Any, backend: str, **options: Any) -> SparseModel:
+    """The model on fused operations, be they kernels or their references."""
+    sparse = SparseModel(model, backend="reference")
+    sparse.vit = SparseViT.from_timm(model, **options)
+    sparse.backend = backend
+    return sparse
+
+
+def both(backend: str, config: Config, targets: Any = (0, 3, 1), **options: Any) -> tuple[Any, Any]:
+    model = tiny(**options).double().to(DEVICE)
+    made = []
+    for network in (fused(model, backend), SparseModel(model, backend="reference")):
+        inversion = Inversion(network, targets, config)
+        assert inversion.fused is (not made)
+        made.append(inversion.run())
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"semantics": "strict", "tv1": 1e-2, "tv2": 1e-2, "l2": 1e-3},
+        {"semantics": "official", "tv1": 1e-2, "tv2": 1e-2, "l2": 1e-3},
+        {"semantics": "strict", "jitter": "pixel", "augment_per": "batch"},
+        {"strategy": "random", "result_mask": "reranked"},
+        {"strategy": "dense", **UNPRUNED},
+        {"best": True, "best_every": 2},
+    ],
+    ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_iterations_are_those_of_the_ordinary_loop(backend: str, changes: dict[str, Any]) -> None:
+    """At a learning rate and eps where rounding does not grow."""
+    if DEVICE == "cpu" and backend == "triton" and "semantics" not in changes:
+        pytest.skip("two ways through the interpreter are enough; on a GPU all are run")
+    config = Config(**{**(SHORT if backend == "triton" else PRUNED), "learning_rate": 0.05, "eps": 1e-4, **changes})
+    found, expected = both(backend, config)
+    assert torch.equal(found.keep, expected.keep) and torch.equal(found.dropped_at, expected.dropped_at)
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
+    assert found.history.keys() == expected.history.keys()
+    for name, curve in expected.history.items():
+        torch.testing.assert_close(found.history[name], curve, rtol=1e-6, atol=1e-6)
+    assert found.snapshot_at == expected.snapshot_at
+    assert (found.snapshots.int() - expected.snapshots.int()).abs().max() <= 1
+    assert [(p.start, p.stop, p.kept, p.flops) for p in found.phases] == [
+        (p.start, p.stop, p.kept, p.flops) for p in expected.phases
+    ]
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_soft_targets_and_distilled_like_prefixes(semantics: Any) -> None:
+    config = Config(**SHORT, semantics=semantics, learning_rate=0.05, eps=1e-4)
+    soft = torch.softmax(torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    found, expected = both("reference", config, soft, reg_tokens=2)
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
+
+
+def test_stepping_is_running() -> None:
+    model = tiny(seed=3).double().to(DEVICE)
+    config = Config(**PRUNED, best=True, best_every=3)
+    whole = Inversion(fused(model, "reference"), [0, 1], config).run()
+    steps = Inversion(fused(model, "reference"), [0, 1], config)
+    while not steps.done:
+        steps.step()
+        assert steps.latest()["total"] == pytest.approx(float(steps.result().history["total"][-1]))
+    assert torch.equal(whole.images, steps.result().images)
+
+
+def test_frozen_patches_keep_every_bit() -> None:
+    model = tiny(depth=1).to(DEVICE)
+    config = Config(**SHORT, tv2=1e-2)
+    inversion = Inversion(fused(model, "triton"), [0, 1], config)
+    before = None
+    while not inversion.done:
+        kept = inversion.keep.shape[1]
+        inversion.step()
+        dead = ~torch.zeros(2, 16, dtype=torch.bool, device=DEVICE).scatter(1, inversion.keep, True)
+        patches = inversion.images.unflatten(2, (4, 4)).unflatten(4, (4, 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        if before is not None and inversion.keep.shape[1] == kept:
+            assert torch.equal(patches[dead], before[dead])
+            assert (patches[~dead] != before[~dead]).flatten(1).any(1).all()
+        before = patches.clone()
+
+
+def test_terms_of_ones_own_run_through_the_autograd_layer() -> None:
+    model = tiny(depth=1).double().to(DEVICE)
+    config = Config(**SHORT, learning_rate=0.05, eps=1e-4)
+
+    def entropy(context: smi.Context) -> torch.Tensor:
+        return -(context.logits.softmax(1) * context.logits.log_softmax(1)).sum(1)
+
+    results = []
+    for network in (fused(model, "triton"), SparseModel(model, backend="reference")):
+        inversion = Inversion(network, [0, 1], config, objectives=[entropy])
+        assert not inversion.fused
+        results.append(inversion.run())
+    assert torch.equal(results[0].keep, results[1].keep)
+    torch.testing.assert_close(results[0].images, results[1].images, rtol=0, atol=1e-6)
+
+
+def test_groups_are_batches_run_together() -> None:
+    """Norms over groups of two: the same bits, whether three groups share a launch or each runs alone."""
+    model = tiny(depth=1).to(DEVICE)
+    vit = SparseViT.from_timm(model, batch_invariant=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 16, 16, generator=generator).to(DEVICE)
+    targets = torch.tensor([0, 1, 2, 3, 4], device=DEVICE)
+    table = torch.randint(-2, 3, (4, 5, 3), generator=generator).to(DEVICE)
+    table[..., 2] = table[..., 2] > 0
+    keep = torch.arange(0, 16, 2, device=DEVICE).repeat(5, 1)
+    bounds = {"low": torch.full((3,), -2.0, device=DEVICE), "high": torch.full((3,), 2.0, device=DEVICE)}
+    options = {**bounds, "tv1": 0.1, "tv2": 0.1, "l2": 0.1, "frozen": False}
+
+    def descend(rows: slice, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        descent = PixelDescent(vit, images[rows], targets[rows], table[:, rows], **{**options, **more})
+        descent.advance(1)
+        descent.prune(keep[rows])
+        descent.advance(2)
+        return descent.images, descent.priors
+
+    with use_backend("triton" if DEVICE == "cpu" else "auto"):
+        together, priors = descend(slice(0, 5), group=2)
+        for number, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 5))):
+            alone, values = descend(rows, group=min(2, rows.stop - rows.start))
+            assert torch.equal(together[rows], alone)
+            assert torch.equal(priors[:, number], values[:, 0])
+        in_parts, _ = descend(slice(0, 5), group=2, micro_batch=2)
+    assert torch.equal(together, in_parts)
+
+
+def test_launches_of_an_iteration() -> None:
+    """At most 130 for 12 blocks and 250 for 24: ten a block, two more for the last, eight for all else."""
+    for depth, limit in ((12, 130), (24, 250)):
+        vit = SparseViT.from_timm(tiny(depth=depth), device="meta")
+        images, bound = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(3, device="meta")
+        targets, table = (torch.empty(s, dtype=torch.int64, device="meta") for s in ((2,), (9, 2, 3)))
+        with record_launches() as launches:
+            descent = PixelDescent(vit, images, targets, table, low=bound, high=bound, tv2=0.1)
+            descent.prune(torch.empty(2, 5, dtype=torch.int64, device="meta"))
+            started = len(launches)
+            descent.advance(1)
+        assert len(launches) - started == 10 * depth + 10 <= limit
+
+
+def test_asking_for_what_is_not_there_gives_every_reason() -> None:
+    with pytest.raises(SmiError, match=r"backend is 'tritn'; expected one of .* Did you mean 'triton'"):
+        SparseModel(tiny(), backend="tritn")
+    with pytest.raises(SmiError, match=r"no compiled operators.*Use reference or auto"):
+        SparseModel(tiny(), backend="cuda")
+    if DEVICE == "cpu":  # interpreted
+        with pytest.raises(SmiError, match=r"pools by attention.*rank by class attention, not by attention_pool"):
+            SparseModel(tiny(global_pool="map", class_token=False), backend="triton")
+        assert SparseModel(tiny()).backend == "reference"
+        assert SparseModel(tiny(), backend="triton").backend == "triton"
+
+
+def test_more_iterations_than_the_table_has_are_refused() -> None:
+    vit = SparseViT.from_timm(tiny())
+    bounds = {"low": torch.zeros(3), "high": torch.ones(3)}
+    table = torch.zeros(3, 1, 3, dtype=torch.int64)
+    descent = PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds)
+    with pytest.raises(ValueError, match="4 iterations were asked for; expected 0 to 3"):
+        descent.advance(4)
+    with pytest.raises(ValueError, match="group is 3; expected 1 to 2"):
+        PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds, group=3)

@@ -1,0 +1,198 @@
+"""The linear family: kernels against references, and references against autograd through plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels import DEVICE, poisoned, within_budget
+from torch import Tensor
+from torch.nn import functional as F
+
+from smi_kernels.launch import count_launches
+from smi_kernels.linear import kernels, reference
+
+# The interpreter cuts bits off where a GPU rounds to bfloat16: twice the error, and all of it in one direction.
+FACTOR = {torch.bfloat16: 6.0 if DEVICE == "cpu" else 2.0}
+WIDE = {torch.float64: torch.float64}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Rows, width, hidden: chunks of statistics whole and broken, tiles whole and broken, one row.
+SHAPES = [(1, 16, 40), (17, 64, 128), (37, 80, 144), (66, 192, 65)]
+
+
+def draw(M: int, D: int, OUT: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    """A layer behind a norm and a layer behind that, rows with means and one outlier, and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(DEVICE)
+
+    wide = WIDE.get(dtype, torch.float32)
+    x = normal(M, D, std=2.0) + 0.5
+    x[:, 0] += 30
+    weight, weight2 = normal(OUT, D, std=D**-0.5).to(dtype), normal(D, OUT, std=OUT**-0.5).to(dtype)
+    return {
+        "x": x.to(wide),
+        "weight": weight,
+        "colsum": weight.double().sum(1).to(wide),
+        "bias": normal(OUT).to(wide),
+        "weight2": weight2,
+        "bias2": normal(D).to(wide),
+        "residual": normal(M, D).to(wide),
+        "dy": normal(M, D).to(dtype),
+    }
+
+
+def exact(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() for name, value in tensors.items()}
+
+
+def chain(module: Any, t: dict[str, Any]) -> dict[str, Tensor]:
+    """All operations once, each on what the ones before it made."""
+    low = t["weight"].dtype
+    rows = t["x"].to(low)
+    stats = reference.row_statistics(t["x"])
+    u, activation, moments = module.norm_linear_gelu(rows, stats, t["weight"], t["colsum"], t["bias"], 1e-6)
+    plain, _ = module.norm_linear(rows, stats, t["weight"], t["colsum"], t["bias"], 1e-6, t["x"].dtype)
+    y, y_low, y_stats = module.linear_residual(activation, t["weight2"], t["bias2"], t["residual"])
+    du, dstats = module.linear_gelu_dx(t["dy"], t["weight2"], u, t["colsum"], t["bias"])
+    dx, dx_low = module.norm_linear_dx(du, t["weight"], dstats, rows, moments, t["residual"], None, 1, 1)
+    d_activation = module.linear_dx(t["dy"], t["weight2"], t["x"].dtype)
+    mean_rstd = reference.row_moments(y_stats, y.shape[1], 1e-6)
+    found = {
+        "u": u, "activation": activation, "moments": moments, "plain": plain, "y": y, "y_moments": mean_rstd,
+        "du": du, "dsums": dstats.sum(1), "dx": dx, "d_activation": d_activation,
+    }  # fmt: skip
+    if low == t["x"].dtype:
+        assert y_low.numel() == dx_low.numel() == 0
+    else:
+        found.update(y_low=y_low, dx_low=dx_low)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_compute_what_the_references_do(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tensors = draw(*shape, dtype)
+    with poisoned():
+        found = chain(kernels, tensors)
+    expected = chain(reference, tensors)
+    truth = chain(reference, exact(tensors))
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype and value.shape == expected[name].shape, name
+        if dtype == torch.float64:
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+        else:
+            exact_value = truth[name.removesuffix("_low")]
+            assert within_budget(value, expected[name], exact_value, FACTOR.get(dtype, 2.0)), name
+
+
+def test_references_are_a_norm_two_layers_and_their_gradient() -> None:
+    t = draw(9, 80, 72, torch.float64)
+    gamma, beta = torch.randn(2, 80, dtype=torch.float64, device=DEVICE)
+    weight, bias = t["weight"], t["bias"]
+    x = t["x"].requires_grad_(True)
+    hidden = F.linear(F.layer_norm(x, (80,), gamma, beta, 1e-6), weight, bias)
+    y = x + F.linear(F.gelu(hidden), t["weight2"], t["bias2"])
+    (expected,) = torch.autograd.grad(y, x, t["dy"])
+    x = x.detach()
+
+    folded, folded_bias = weight * gamma, bias + weight @ beta
+    colsum = folded.sum(1)
+    stats = reference.row_statistics(x)
+    u, activation, moments = reference.norm_linear_gelu(x, stats, folded, colsum, folded_bias, 1e-6)
+    torch.testing.assert_close(u, hidden.detach(), rtol=1e-10, atol=1e-10)
+    out, _, out_stats = reference.linear_residual(activation, t["weight2"], t["bias2"], x)
+    torch.testing.assert_close(out, y.detach(), rtol=1e-10, atol=1e-10)
+    mean, rstd = reference.row_moments(out_stats, 80, 1e-6).unbind(1)
+    torch.testing.assert_close(mean, out.mean(1))
+    torch.testing.assert_close(rstd, (out.var(1, unbiased=False) + 1e-6).rsqrt())
+    du, dstats = reference.linear_gelu_dx(t["dy"], t["weight2"], u, colsum, folded_bias)
+    dx, _ = reference.norm_linear_dx(du, folded, dstats, x, moments, t["dy"], None, 9, 9)
+    torch.testing.assert_close(dx, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_gradient_of_few_tokens_joins_that_of_all(first: int) -> None:
+    """As in a last block: keys and values of all tokens, the query of the first ones."""
+    B, tokens, D = 3, 7, 80
+    t = draw(B * tokens, D, 2 * D, torch.float64)
+    stats = reference.row_statistics(t["x"])
+    _, moments = reference.norm_linear(t["x"], stats, t["weight"], t["colsum"], t["bias"], 1e-6, torch.float64)
+    du, extra, residual = (torch.randn(rows, w, dtype=torch.float64, device=DEVICE)
+                           for rows, w in ((B * tokens, 2 * D), (B * first, D), (B * first, D)))  # fmt: skip
+    dstats = torch.randn(B * tokens, 5, 2, dtype=torch.float64, device=DEVICE)
+    args = (du, t["weight"], dstats, t["x"], moments, residual, extra, tokens, first)
+    with poisoned():
+        found, _ = kernels.norm_linear_dx(*args)
+    expected, _ = reference.norm_linear_dx(*args)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    without, _ = kernels.norm_linear_dx(*args[:5], None, None, tokens, first)
+    same = torch.isclose(found, without, rtol=0, atol=1e-14).all(1).view(B, tokens)
+    assert same[:, first:].all() and not same[:, :first].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_rows_may_be_strided(dtype: torch.dtype) -> None:
+    t = draw(6, 80, 72, dtype)
+    every_third = torch.full((18, 80), torch.nan, dtype=dtype, device=DEVICE)
+    every_third[::3] = t["x"].to(dtype)
+    stats = reference.row_statistics(t["x"])
+    apart = torch.full((18, *stats.shape[1:]), torch.nan, dtype=stats.dtype, device=DEVICE)
+    apart[::3] = stats
+    layer = (t["weight"], t["colsum"], t["bias"], 1e-6, stats.dtype)
+    for strided, packed in zip(
+        kernels.norm_linear(every_third[::3], apart[::3], *layer),
+        kernels.norm_linear(t["x"].to(dtype), stats, *layer),
+        strict=True,
+    ):
+        assert torch.equal(strided, packed)
+    residual = torch.full((18, 80), torch.nan, dtype=stats.dtype, device=DEVICE)
+    residual[::3] = t["residual"]
+    a = torch.randn(6, 72, device=DEVICE).to(dtype)
+    strided = kernels.linear_residual(a, t["weight2"], t["bias2"], residual[::3])
+    packed = kernels.linear_residual(a, t["weight2"], t["bias2"], t["residual"])
+    assert all(map(torch.equal, strided, packed))
+
+
+def test_constant_rows_have_no_gradient_through_their_norm() -> None:
+    t = draw(5, 64, 64, torch.float64)
+    t["x"] = torch.full_like(t["x"], 3.0)
+    found, expected = chain(kernels, t), chain(reference, t)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-8, msg=name)
+        assert found[name].isfinite().all()
+
+
+def test_no_rows_no_launch() -> None:
+    t = draw(0, 64, 64, torch.float32)
+    with count_launches() as launches:
+        found = chain(kernels, t)
+    assert not launches
+    assert found["dx"].shape == (0, 64)
+
+
+def test_one_launch_each_and_the_same_bits_twice() -> None:
+    t = draw(37, 80, 144, torch.float16)
+    with count_launches() as launches:
+        once = chain(kernels, t)
+    assert [launch.name for launch in launches] == [
+        "norm_linear_kernel",
+        "norm_linear_kernel",
+        "linear_residual_kernel",
+        "linear_gelu_dx_kernel",
+        "norm_linear_dx_kernel",
+        "linear_dx_kernel",
+    ]
+    twice = chain(kernels, t)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_rows_do_not_depend_on_their_batch_where_tiles_are_pinned() -> None:
+    t = draw(300, 80, 144, torch.float32)
+    stats = reference.row_statistics(t["x"])
+    layer = (t["weight"], t["colsum"], t["bias"], 1e-6, torch.float32, "ieee+invariant")
+    whole, _ = kernels.norm_linear(t["x"], stats, *layer)
+    part, _ = kernels.norm_linear(t["x"][131:140], stats[131:140], *layer)
+    assert torch.equal(whole[131:140], part)

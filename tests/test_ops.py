@@ -1,0 +1,153 @@
+"""Every registered operator: schema and fakes hold, derivatives are those of finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernels import DEVICE
+from torch import Tensor
+
+from smi_kernels import ops, use_backend
+from smi_kernels.derivatives import DERIVATIVES
+from smi_kernels.linear.reference import row_statistics
+
+B, N, K, H, D, D_HEAD, OUT, C = 2, 5, 3, 2, 16, 8, 24, 3
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def integers(*rows: Any) -> Tensor:
+    return torch.tensor(rows, device=DEVICE)
+
+
+KEEP = integers([0, 2, 5], [1, 6, 7])
+OFFSETS = integers([1, -2, 1], [0, 3, 0])
+
+
+def samples(low: torch.dtype) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Arguments of each operator; matrix operands in `low`."""
+    wide = torch.promote_types(low, torch.float32)
+    M = B * N
+
+    def lo(*shape: int, seed: int = 0) -> Tensor:
+        return normal(*shape, dtype=low, seed=seed)
+
+    def wi(*shape: int, seed: int = 0) -> Tensor:
+        return normal(*shape, dtype=wide, seed=seed)
+
+    x = wi(M, D)
+    stats, weight = row_statistics(x), lo(OUT, D)
+    layer = (weight, weight.to(wide).sum(1), wi(OUT))
+    moments = torch.stack((x.mean(1), x.var(1).rsqrt()), dim=1)
+    images, norm = wi(B, C, 8, 16), wi(4, D_HEAD)
+    sums, d_patches = wi(B, C, 9).abs(), wi(B, K, C * 16)
+    counter, table = integers(1), integers([[1, 2, 0]], [[3, -1, 1]])
+    slots = torch.full((B, 8), -1, dtype=torch.int32, device=DEVICE).scatter(
+        1, KEEP, torch.arange(K, dtype=torch.int32, device=DEVICE).expand(B, K)
+    )
+    adam = {"step": 2, "lr": 0.1, "beta1": 0.5, "beta2": 0.99, "eps": 1e-8, "low": -wi(C).abs(), "high": wi(C).abs()}
+    qkv, kv, query = lo(B, N, 3, H, D_HEAD), lo(B, N, 2, H, D_HEAD), lo(B, 1, H, D_HEAD)
+    step = (4, adam["lr"], 0.5, 0.99, 1e-8)
+    found: dict[str, list[tuple[Any, ...]]] = {
+        "select_tokens": [(wi(B, K), KEEP, 2)],
+        "rank_tokens": [(query[:, 0], lo(B, 1 + K, H, D_HEAD), 0.3, n, 1e-6, KEEP, 2, 1) for n in (None, norm)],
+        "embed_tokens": [
+            (images, keep, offsets, lo(D, C * 16), wi(8, D), wi(2, D), 4, 4, "ieee")
+            for keep, offsets in ((KEEP, OFFSETS), (None, None), (KEEP, OFFSETS[:1]))
+        ],
+        "embed_tokens_dx": [(lo(B, 2 + K, D), lo(D, C * 16), 2, s, "ieee") for s in (None, wi(B))],
+        "patches_to_pixels": [(d_patches, KEEP, OFFSETS, 8, 16, 4, 4)],
+        "attention_row": [(query[:, 0], lo(B, H, N, D_HEAD), 0.3)],
+        "attention": [(qkv, n, 1e-6, "ieee") for n in (None, norm)],
+        "attention_dx": [(qkv, lo(B, N, D), n, 1e-6, wi(3 * D), wi(3 * D), "ieee") for n in (None, norm)],
+        "class_attention": [(query, kv, n, 1e-6) for n in (None, norm)],
+        "class_attention_dx": [(query, kv, lo(B, 1, D), None, 1e-6, wi(D), wi(D), wi(2 * D), wi(2 * D))],
+        "norm_linear": [(x.to(low), stats, *layer, 1e-6, out, "ieee") for out in (low, wide)],
+        "norm_linear_gelu": [(x.to(low), stats, *layer, 1e-6, "ieee")],
+        "linear_residual": [(lo(M, OUT), lo(D, OUT), wi(D), x, "ieee")],
+        "linear_dx": [(lo(M, OUT), weight, wide, "ieee")],
+        "linear_gelu_dx": [(lo(M, D), lo(D, OUT), lo(M, OUT), wi(OUT), wi(OUT), "ieee")],
+        "norm_linear_dx": [
+            (lo(M, OUT), weight, wi(M, 3, 2), x.to(low), moments, wi(M, D), None, 1, 1, "ieee"),
+            (lo(M, OUT), weight, wi(M, 3, 2), x.to(low), moments, wi(B, D), wi(B, D, seed=1), N, 1, "ieee"),
+        ],
+        "prior_sums": [(images,)],
+        "prior_sums_dx": [(images, sums)],
+        "prior_coefficients": [(sums, 0.1, 0.2, 0.3, 2, 8, 16)],
+        "begin_step": [(counter, table, sums, 0.1, 0.2, 0.3, 1, 8, 16, 0.5, 0.99, h) for h in (None, wi(2, B, 3))],
+        "pixel_step": [
+            (images, wi(*images.shape), wi(*images.shape).square(), d_patches, slots, OFFSETS, wi(B, 9), 1,
+             wi(2).abs() + 0.1, *step[1:], adam["low"], adam["high"], frozen, 4, 4)
+            for frozen in (True, False)
+        ],
+        "finish_prior_sums": [(images, wi(B, C, 8, 9), s) for s in (None, counter)],
+        "cross_entropy_head": [
+            (wi(1, B, 5), t, wi(1, 5), wi(1, 5), None, low, h, s)
+            for t, h, s in ((integers(1, 4), None, None), (wi(B, 5).softmax(1), wi(2, B), counter))
+        ],
+    }  # fmt: skip
+    with_options = {name: [(args, {}) for args in several] for name, several in found.items()}
+    moments_of = (wi(*images.shape, seed=1), wi(*images.shape, seed=2), wi(*images.shape, seed=3).square())
+    with_options["adam_clamp_"] = [((images, *moments_of), adam)]
+    return with_options
+
+
+def test_every_operator_is_sampled() -> None:
+    assert samples(torch.float32).keys() == ops.OPERATORS.keys()
+    assert DERIVATIVES.keys() <= ops.OPERATORS.keys()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("low", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(ops.OPERATORS))
+def test_schema_and_fakes_hold(name: str, low: torch.dtype, backend: str) -> None:
+    with use_backend(backend):
+        for args, options in samples(low)[name]:
+            clones = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            torch.library.opcheck(
+                getattr(torch.ops.smi, name).default, clones, options,
+                test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+            )  # fmt: skip
+
+
+def differentiable(name: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The operator as a function of what it is differentiable in."""
+    places = {"class_attention": (0, 1), "linear_residual": (0, 3)}.get(name, (0,))
+    operator = getattr(torch.ops.smi, name)
+
+    def function(*changed: Tensor) -> Any:
+        full = list(args)
+        for place, value in zip(places, changed, strict=True):
+            full[place] = value
+        if name.startswith("norm_linear"):
+            full[1] = row_statistics(full[0].detach())
+        out = operator(*full)
+        if isinstance(out, Tensor):
+            return out
+        return tuple(part for part in out if part.requires_grad and part.numel())
+
+    return function, [args[place].clone().requires_grad_(True) for place in places]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", sorted(DERIVATIVES))
+def test_derivatives_are_those_of_finite_differences(name: str, backend: str) -> None:
+    with use_backend(backend):
+        for args, _ in samples(torch.float64)[name]:
+            function, inputs = differentiable(name, args)
+            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["attention", "norm_linear", "linear_residual", "embed_tokens"])
+def test_low_precision_gradients_have_the_dtype_of_their_inputs(name: str) -> None:
+    function, inputs = differentiable(name, samples(torch.float16)[name][0][0])
+    out = function(*inputs)
+    first = out if isinstance(out, Tensor) else out[0]
+    for value, grad in zip(inputs, torch.autograd.grad(first.float().sum(), inputs), strict=True):
+        assert grad.dtype == value.dtype and grad.isfinite().all()

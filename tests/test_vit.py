@@ -1,0 +1,336 @@
+"""`SparseViT` against timm's own forward and autograd, on references and on interpreted kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernels import DEVICE, error, poisoned
+from small import CLASSES, N, randomise, tiny
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi import SparseModel
+from smi_kernels import SparseViT, use_backend
+from smi_kernels.folding import unsupported_reasons
+from smi_kernels.launch import record_launches
+from smi_kernels.vit import Trace
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale, qk norm": {"init_values": 0.1, "qk_norm": True},
+    "registers, apart from positions": {"reg_tokens": 3, "no_embed_class": True},
+    "mean of patches": {"global_pool": "avg"},
+    "no class token": {"global_pool": "avg", "class_token": False},
+    "no head, no qkv bias": {"num_classes": 0, "qkv_bias": False},
+    "odd widths": {"embed_dim": 72, "num_heads": 3, "mlp_ratio": 2.5, "depth": 3},
+    "not square, patch 2 x 3": {"img_size": (8, 12), "patch_size": (2, 3)},
+}
+
+
+def build(variant: str) -> Any:
+    options = VARIANTS[variant]
+    return tiny(**options).double().to(DEVICE)
+
+
+def distilled() -> Any:
+    model = VisionTransformerDistilled(
+        img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=CLASSES
+    )
+    return randomise(model).double().to(DEVICE)
+
+
+def pixels(model: Any, B: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    height, width = model.patch_embed.img_size
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(B, 3, height, width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def some_patches(B: int, K: int, of: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.stack([torch.randperm(of, generator=generator)[:K].sort().values for _ in range(B)]).to(DEVICE)
+
+
+def gradient(network: Any, images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and the images' gradient of a sum of them with uneven weights."""
+    images = images.detach().clone().requires_grad_(True)
+    logits = network(images, *args, **options)
+    weights = torch.linspace(-1, 1, logits.shape[1], dtype=logits.dtype, device=logits.device).sin()
+    (grad,) = torch.autograd.grad((logits * weights).sum(), images)
+    return logits.detach(), grad
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if DEVICE == "cuda" and request.param == "triton":
+        with use_backend("auto"):
+            yield request.param
+    else:
+        with use_backend(request.param):
+            yield request.param
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "distilled"])
+def test_all_patches_give_timms_logits_and_gradient(variant: str, backend: str) -> None:
+    model = distilled() if variant == "distilled" else build(variant)
+    vit = SparseViT.from_timm(model)
+    expected_logits, expected_grad = gradient(model, pixels(model))
+    with poisoned():
+        logits, grad = gradient(vit, pixels(model))
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("K", [1, 7, 16])
+@pytest.mark.parametrize("per_image", [True, False])
+@pytest.mark.parametrize("variant", ["plain", "registers, apart from positions", "no class token", "distilled"])
+def test_kept_patches_under_jitter_are_those_of_the_augmented_image(
+    variant: str, per_image: bool, K: int, backend: str
+) -> None:
+    """Against timm's own modules, fed the same cells of the same augmented image by the adapter."""
+    model = distilled() if variant == "distilled" else build(variant)
+    keep = some_patches(2, K, N)
+    jitter = torch.tensor([[3, -5, 1], [-2, 1, 0]], device=DEVICE)[: 2 if per_image else 1]
+    twin = SparseModel(model)
+    expected = gradient(lambda x: twin.feed(x, keep, jitter)[0], pixels(model))
+    found = gradient(SparseViT.from_timm(model), pixels(model), keep, jitter)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    if K == 1:  # what no patch reads has no gradient at all
+        assert (found[1] == 0).sum() == 2 * 3 * 15 * 16
+
+
+@pytest.mark.parametrize("variant", ["plain", "layer scale, qk norm", "registers, apart from positions", "distilled"])
+def test_class_attention_is_the_last_blocks(variant: str, backend: str) -> None:
+    model = distilled() if variant == "distilled" else build(variant)
+    keep = some_patches(2, 9, N)
+    _, expected = SparseModel(model).feed(pixels(model), keep, None, scores=True)
+    _, scores = SparseViT.from_timm(model)(pixels(model), keep, class_attention=True)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_mean_pooled_models_rank_by_their_class_token_too(backend: str) -> None:
+    model = build("mean of patches")
+    twin = SparseModel(model, ranking="class_attention")
+    _, expected = twin.feed(pixels(model), None, None, scores=True)
+    _, scores = SparseViT.from_timm(model)(pixels(model), class_attention=True)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="no class token"):
+        SparseViT.from_timm(build("no class token"))(pixels(model), class_attention=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_error_is_within_that_of_eager_pytorch(precision: Any, backend: str) -> None:
+    """At the same precision, against float64; few numbers, so 1.5 times it in 16 bits and twice in float32."""
+    model = tiny(embed_dim=64, depth=3, num_heads=2).to(DEVICE)
+    keep, images = some_patches(4, 7, N), pixels(model, 4, torch.float32)
+    found = gradient(SparseViT.from_timm(model, precision), images, keep)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    twin = SparseModel(model)
+    exact = gradient(SparseViT.from_timm(model.double()), images.double(), keep)
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(DEVICE, cast, enabled=cast is not None):
+        eager = gradient(lambda x: twin.feed(x, keep, None)[0], images)
+    factor = 1.5 if cast else 2.0
+    if precision == "bf16" and DEVICE == "cpu" and backend == "triton":
+        factor = 4.0  # the interpreter cuts off where a GPU rounds
+    for ours, theirs, truth in zip(found, eager, exact, strict=True):
+        floor = 1e-3 if precision == "tf32" and DEVICE == "cuda" else 0.0  # eager runs in IEEE float32
+        assert error(ours, truth) <= factor * error(theirs, truth) + floor
+        assert F.cosine_similarity(ours.flatten().double(), truth.flatten(), dim=0) > 0.999
+
+
+def test_tiny_and_huge_gradients_survive_float16(backend: str) -> None:
+    model = tiny(embed_dim=64).to(DEVICE)
+    vit, images = SparseViT.from_timm(model, "fp16"), pixels(model, dtype=torch.float32).requires_grad_(True)
+    plain, small, large = (torch.autograd.grad(s * vit(images)[:, 0].sum(), images)[0] for s in (1, 2**-40, 2**40))
+    assert torch.equal(small * 2**40, plain) and torch.equal(large / 2**40, plain) and plain.abs().max() > 0
+    zero = torch.autograd.grad(0 * vit(images).sum(), images)[0]
+    assert (zero == 0).all()
+
+
+def test_small_memory_plan_computes_again_and_gets_the_same_bits(backend: str) -> None:
+    model = tiny(embed_dim=64, depth=3).to(DEVICE)
+    images, keep = pixels(model, dtype=torch.float32), some_patches(2, 7, N)
+    fast, small = (gradient(SparseViT.from_timm(model, memory=memory), images, keep) for memory in ("fast", "small"))
+    assert torch.equal(fast[1], small[1])
+
+
+@pytest.mark.parametrize(("memory", "of_width", "of_row"), [("fast", 18, 16), ("small", 4, 8)], ids=["fast", "small"])
+def test_what_a_block_saves(memory: Any, of_width: int, of_row: int) -> None:
+    """Bytes a token: 18 times width and 16 of moments, or the input in float32 and its statistics."""
+    D = 64
+    vit = SparseViT.from_timm(tiny(embed_dim=D, depth=3).to(DEVICE), "bf16", memory=memory)
+    with use_backend("reference"):
+        trace: Trace = vit.run(pixels(tiny(), 5, torch.float32), None, None)
+    for kept in trace.saved[:-1]:
+        size = sum(t.numel() * t.element_size() for t in kept if t is not None)
+        assert size <= 5 * (N + 1) * (of_width * D + of_row)
+
+
+def test_bits_of_an_image_do_not_depend_on_its_batch(backend: str) -> None:
+    model = tiny(embed_dim=64).to(DEVICE)
+    vit = SparseViT.from_timm(model, "fp32", batch_invariant=True)
+    images, keep = pixels(model, 5, torch.float32), some_patches(5, 7, N)
+    if backend == "reference":
+        pytest.skip("PyTorch's matrix products promise nothing of the kind")
+    whole, alone = gradient(vit, images, keep), gradient(vit, images[3:4], keep[3:4])
+    assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3:4], alone[1])
+
+
+@pytest.mark.parametrize(("depth", "variant"), [(12, {}), (24, {}), (4, {"qk_norm": True})])
+def test_ten_launches_a_block(depth: int, variant: dict[str, Any]) -> None:
+    """With the last block's two more, three of embedding and head, and the way back to pixels."""
+    vit = SparseViT.from_timm(tiny(depth=depth, **variant), device="meta")
+    images = torch.empty(1, 3, 16, 16, device="meta", requires_grad=True)
+    with record_launches() as launches:
+        logits = vit(images, torch.empty(1, 2, dtype=torch.int64, device="meta"))
+        forward = len(launches)
+        logits.sum().backward()
+    assert forward == 5 * depth + 1 + 2
+    assert len(launches) - forward == 5 * depth + 1 + 3
+
+
+# --- autograd ---
+
+
+def test_gradcheck_through_the_kernels() -> None:
+    model = tiny(img_size=8, embed_dim=8, depth=2, num_heads=1, num_classes=2, in_chans=1).double().to(DEVICE)
+    vit = SparseViT.from_timm(model)
+    images = torch.randn(1, 1, 8, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    keep, jitter = torch.tensor([[0, 3]], device=DEVICE), torch.tensor([[1, -3, 1]], device=DEVICE)
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(lambda x: vit(x, keep, jitter), images, fast_mode=True)
+
+
+def test_a_graph_serves_twice_and_then_is_gone() -> None:
+    model = build("plain")
+    vit, images = SparseViT.from_timm(model), pixels(model).requires_grad_(True)
+    loss = vit(images).square().sum()
+    (once,) = torch.autograd.grad(loss, images, retain_graph=True)
+    (twice,) = torch.autograd.grad(loss, images)
+    assert torch.equal(once, twice)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, images)
+    (grad,) = torch.autograd.grad(vit(images).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_inputs_of_every_kind(backend: str) -> None:
+    model = build("plain")
+    vit, images = SparseViT.from_timm(model), pixels(model)
+    expected_logits, expected = gradient(vit, images)
+
+    strided = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(gradient(vit, strided)[1], expected)
+    spread = torch.stack((images, images), dim=1).flatten(0, 1)[::2]
+    torch.testing.assert_close(gradient(vit, spread)[1], expected)
+
+    leaf = images.clone().requires_grad_(True)  # not a leaf of the network's
+    logits = vit(leaf * 1.0)
+    assert logits.requires_grad and not vit(images).requires_grad
+    with torch.no_grad():
+        assert not vit(leaf).requires_grad
+    with torch.autocast(DEVICE, torch.bfloat16):
+        torch.testing.assert_close(vit(images), expected_logits)
+    torch.testing.assert_close(vit(images.float()), expected_logits, rtol=1e-5, atol=1e-5)
+    assert vit(images[:0]).shape == (0, CLASSES)
+    empty = images[:0].clone().requires_grad_(True)
+    assert torch.autograd.grad(vit(empty).sum(), empty)[0].shape == empty.shape
+
+
+@pytest.mark.parametrize("class_attention", [False, True])
+def test_torch_compile_takes_it_whole(class_attention: bool) -> None:
+    model = tiny().to(DEVICE)
+    vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
+    keep = some_patches(2, 7, N)
+
+    def loss(x: Tensor) -> Tensor:
+        out = vit(x * 2, keep, class_attention=class_attention)
+        return (out[0] if class_attention else out).square().sum()
+
+    def both(function: Any) -> tuple[Tensor, Tensor]:
+        x = images.clone().requires_grad_(True)
+        value = function(x)
+        return value, torch.autograd.grad(value, x)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(both(compiled), both(loss), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"images": torch.zeros(2, 3, 16, 20)}, r"\(2, 3, 16, 20\); expected \(B, 3, 16, 16\)"),
+        ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int64)}, "int64; expected floating"),
+        ({"keep": torch.zeros(3, 2, dtype=torch.int64)}, r"keep has shape \(3, 2\)"),
+        ({"keep": torch.zeros(2, 17, dtype=torch.int64)}, "K from 1 to 16"),
+        ({"keep": torch.zeros(2, 2, dtype=torch.int32)}, "int32; expected"),
+        ({"jitter": torch.zeros(2, 2, dtype=torch.int64)}, r"jitter has shape \(2, 2\)"),
+        ({"keep": torch.zeros(2, 2, dtype=torch.int64, device="meta")}, "keep is on meta"),
+        ({"images": torch.zeros(2, 3, 16, 16, device="meta")}, "images are on meta"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Tensor], complaint: str) -> None:
+    images = {"images": torch.zeros(2, 3, 16, 16)}
+    inputs = {name: t if t.is_meta else t.to(DEVICE) for name, t in {**images, **change}.items()}
+    with pytest.raises(ValueError, match=complaint):
+        SparseViT.from_timm(tiny().to(DEVICE))(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("model", "complaints"),
+    [
+        (nn.Linear(2, 2), ["VisionTransformer"]),
+        (Eva(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2), ["VisionTransformer"]),
+        (tiny(global_pool="map"), ["pools by attention"]),
+        (tiny(pre_norm=True), ["before the first block"]),
+        (tiny(global_pool="avg", fc_norm=False), ["normalises tokens before it pools"]),
+        (tiny(act_layer="silu", norm_layer="rmsnorm"), ["exact GELU", "LayerNorm"]),
+        (tiny(act_layer="gelu_tanh", dynamic_img_size=True), ["exact GELU"]),
+    ],
+    ids=["linear", "eva", "map", "pre_norm", "norm, pool", "silu", "tanh"],
+)
+def test_models_are_refused_with_every_reason(model: nn.Module, complaints: list[str]) -> None:
+    with pytest.raises(ValueError, match="cannot run on the fused kernels") as caught:
+        SparseViT.from_timm(model)
+    assert all(complaint in str(caught.value) for complaint in complaints)
+
+
+def test_supported_architectures_of_timm() -> None:
+    import timm
+
+    for name in (
+        "vit_tiny_patch16_224", "deit_small_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
+        "vit_base_patch16_224_miil", "vit_small_patch14_reg4_dinov2",
+    ):  # fmt: skip
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert isinstance(model, VisionTransformer)
+        assert unsupported_reasons(model) == [], name
+
+
+def test_weights_are_folded_once_and_the_model_is_left_alone() -> None:
+    model = build("layer scale, qk norm")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vit = SparseViT.from_timm(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    logits = vit(pixels(model))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert torch.equal(vit(pixels(model)), logits)
+    with pytest.raises(ValueError, match="'fp8'; expected one of"):
+        SparseViT.from_timm(model, "fp8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'tiny'; expected"):
+        SparseViT.from_timm(model, memory="tiny")  # type: ignore[arg-type]
