@@ -67,7 +67,7 @@ class Specialization:
         tensors = [of.lstrip("*") for _, of in self.types if of.startswith("*")]
         distinct = [of for before, of in zip(["", *tensors], tensors, strict=False) if of != before]
         tiles = [f"{name}={value}" for name, value in self.constants if name.isupper() and value is not None]
-        return " ".join(["/".join(distinct), *tiles, *(f"{name}={value}" for name, value in self.options)])
+        return " ".join(["/".join(distinct), *tiles, *(f"{n}={v}" for n, v in self.options if n != "enable_fp_fusion")])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Launch:
         kernel: the `triton.jit` function.
         grid: numbers of programs along each axis.
         args: arguments by name: tensors, numbers, compile-time constants.
-        options: ``num_warps``, ``num_stages``.
+        options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``, ``maxnreg``.
     """
 
     kernel: Any
@@ -41,9 +41,17 @@ _observed: ContextVar[tuple[tuple[list[Launch], bool], ...]] = ContextVar("obser
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    max_registers: int | None = None,
 ) -> None:
     """Run `kernel` on the device and current stream of its tensors; nothing if the grid is empty.
+
+    `max_registers` of a thread takes the choice from the assembler, which at times spills for the sake of occupancy.
 
     Raises:
         ValueError: a grid larger than CUDA allows (2^31 - 1 along the first axis, 65535 along the others).
@@ -52,7 +60,10 @@ def launch(
         return
     if grid[0] >= 2**31 or any(n > 65535 for n in grid[1:]):
         raise ValueError(f"{kernel.__name__} needs a grid of {grid} programs; CUDA allows at most (2^31 - 1, 65535).")
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    # Whether a product and a sum are rounded once or twice is part of the bits, and Triton's default will change.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     for seen, runs in _observed.get():
         seen.append(Launch(kernel, grid, args, options))
         if not runs:

@@ -156,6 +156,15 @@ def test_rows_may_be_strided(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, strided, packed))
 
 
+def test_any_strides_are_read_right() -> None:
+    t = draw(9, 80, 72, torch.float64)
+    spread = {name: torch.stack((value, value), dim=-1)[..., 0] for name, value in t.items()}
+    assert not any(value.is_contiguous() for value in spread.values())
+    found, expected = chain(kernels, spread), chain(kernels, t)
+    for name in expected:  # not the bits: the sums of row_statistics run in another order
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_constant_rows_have_no_gradient_through_their_norm() -> None:
     t = draw(5, 64, 64, torch.float64)
     t["x"] = torch.full_like(t["x"], 3.0)

@@ -19,6 +19,7 @@ JITTERS: dict[str, list[list[int]] | None] = {
     "shared": [[3, -5, 1]],
     "whole patches": [[4, -4, 0], [-8, 4, 1], [0, 0, 0]],
     "each its own": [[-1, 2, 1], [2, -2, 0], [-7, 6, 1]],
+    "beyond the image": [[-29, 50, 1], [31, -37, 0], [24, -64, 1]],
 }
 # Image, patch, channels.
 SIZES = [((12, 16), (4, 4), 3), ((6, 12), (2, 3), 1), ((8, 8), (8, 4), 2)]
@@ -58,6 +59,7 @@ def test_kernels_compute_what_the_references_do(size: Any, K: int | None, jitter
     expected = reference.embed_tokens(*args)
     for ours, theirs in zip((x, x_low, stats), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    assert torch.equal(x[:, :2], args[5].expand(3, -1, -1))
     torch.testing.assert_close(d_patches, reference.embed_tokens_dx(dx, weight, 2, scale), rtol=1e-11, atol=1e-11)
     theirs = reference.patches_to_pixels(d_patches, keep, offsets, *images.shape[2:], *args[6:])
     assert torch.equal(d_images, theirs)  # it only moves numbers
@@ -111,6 +113,57 @@ def test_the_way_back_is_the_gradient(K: int | None, jitter: str) -> None:
     assert (found != 0).sum() == 3 * 3 * read * 16  # and exactly zero elsewhere
 
 
+def test_pixels_are_those_of_the_rolled_and_flipped_image() -> None:
+    """The kernel without a reference: every weight reads one pixel, and every number finds its way back."""
+    images, keep, offsets, _, position, prefix = draw((6, 12), (2, 3), 2, 5, "beyond the image", torch.float64, 12)[:6]
+    x, _, _ = kernels.embed_tokens(images, keep, offsets, torch.eye(12).to(images), position * 0, prefix, 2, 3)
+    back = kernels.patches_to_pixels(x[:, 2:], keep, offsets, 6, 12, 2, 3)
+    cells = map_cells(keep, offsets, (3, 4), (2, 3))
+    for b, (dy, dx, flip) in enumerate(offsets.tolist()):
+        rolled = images[b].roll((dy, dx), (1, 2))
+        rolled = rolled.flip(2) if flip else rolled
+        kept = torch.zeros_like(rolled)
+        for token, cell in enumerate(cells[b].tolist()):
+            y, left = cell // 4 * 2, cell % 4 * 3
+            read = rolled[:, y : y + 2, left : left + 3]
+            torch.testing.assert_close(x[b, 2 + token], read.flatten(), rtol=1e-12, atol=1e-12)
+            kept[:, y : y + 2, left : left + 3] = read
+        kept = kept.flip(2) if flip else kept
+        torch.testing.assert_close(back[b], kept.roll((-dy, -dx), (1, 2)), rtol=1e-12, atol=1e-12)
+
+
+def spread(tensor: Any) -> Any:
+    """The same numbers at every other place, NaN between them."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    apart = torch.full((*tensor.shape, 2), -1 if tensor.dtype == torch.int64 else torch.nan).to(tensor)
+    apart[..., 0] = tensor
+    return apart[..., 0]
+
+
+def test_tensors_may_be_strided() -> None:
+    args = draw((12, 16), (4, 4), 3, 5, "each its own", torch.float64)
+    x, _, stats = kernels.embed_tokens(*args)
+    strided = kernels.embed_tokens(*map(spread, args))
+    assert torch.equal(x, strided[0]) and torch.equal(stats, strided[2])
+    channels_last = args[0].to(memory_format=torch.channels_last)
+    assert torch.equal(x, kernels.embed_tokens(channels_last, *args[1:])[0])
+    back = (x, args[3], 2, torch.rand(3, dtype=torch.float64, device=DEVICE))
+    d_patches = kernels.embed_tokens_dx(*back)
+    assert torch.equal(d_patches, kernels.embed_tokens_dx(*map(spread, back)))
+    pixels = (d_patches, args[1], args[2], 12, 16, 4, 4)
+    assert torch.equal(kernels.patches_to_pixels(*pixels), kernels.patches_to_pixels(*map(spread, pixels)))
+
+
+def test_a_model_without_prefix_tokens() -> None:
+    args = draw((8, 8), (4, 4), 3, 3, "each its own", torch.float64)
+    args = (*args[:5], args[5][:0], *args[6:])
+    x, _, _ = kernels.embed_tokens(*args)
+    torch.testing.assert_close(x, reference.embed_tokens(*args)[0], rtol=1e-11, atol=1e-11)
+    d_patches = kernels.embed_tokens_dx(x, args[3], 0, None)
+    torch.testing.assert_close(d_patches, x @ args[3], rtol=1e-11, atol=1e-11)
+
+
 def test_slot_table_undoes_keep() -> None:
     keep = torch.tensor([[2, 0], [1, 3]])
     assert reference.slot_table(keep, 4).tolist() == [[1, -1, 0, -1], [-1, 0, -1, 1]]
@@ -121,7 +174,14 @@ def test_patch_of_sixteen_one_launch_and_the_same_bits_twice() -> None:
     with count_launches() as launches:
         once = kernels.embed_tokens(*args)
         back = kernels.embed_tokens_dx(once[0], args[3], 2, None)
-    assert [launch.name for launch in launches] == ["embed_tokens_kernel", "embed_tokens_dx_kernel"]
+        pixels = kernels.patches_to_pixels(back, args[1], args[2], 32, 32, 16, 16)
+    assert [launch.name for launch in launches] == [
+        "embed_tokens_kernel",
+        "embed_tokens_dx_kernel",
+        "patches_to_pixels_kernel",
+    ]
+    assert torch.equal(pixels, reference.patches_to_pixels(back, args[1], args[2], 32, 32, 16, 16))
+    torch.testing.assert_close(once[0], reference.embed_tokens(*args)[0], rtol=1e-4, atol=1e-4)
     again = kernels.embed_tokens(*args)
     assert all(map(torch.equal, once, again))
     assert torch.equal(back, kernels.embed_tokens_dx(once[0], args[3], 2, None))

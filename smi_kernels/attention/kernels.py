@@ -17,7 +17,6 @@ from torch import Tensor
 from smi_kernels import tuning
 from smi_kernels.attention.class_kernels import class_attention, class_attention_dx
 from smi_kernels.attention.row import attention_row
-from smi_kernels.attention.row import attention_row
 from smi_kernels.attention.rows import load_rows, normed, pairs, store_gradient, store_rows
 from smi_kernels.launch import launch
 from smi_kernels.tiles import compute_type, dot

@@ -331,6 +331,7 @@ def _launch_norm_linear(
     precision: str,
 ) -> Tensor:
     """Fills `u` and `activation`; returns the moments."""
+    x, stats = _rows(x), stats if stats[0:1].is_contiguous() else stats.contiguous()
     M, D = x.shape
     OUT = weight.shape[0]
     moments = torch.empty(M, 2, dtype=stats.dtype, device=x.device)
@@ -338,9 +339,9 @@ def _launch_norm_linear(
     args = {
         "x_ptr": x,
         "stats_ptr": stats,
-        "weight_ptr": weight,
-        "colsum_ptr": colsum,
-        "bias_ptr": bias,
+        "weight_ptr": weight.contiguous(),
+        "colsum_ptr": colsum.contiguous(),
+        "bias_ptr": bias.contiguous(),
         "u_ptr": u,
         "activation_ptr": activation,
         "moments_ptr": moments,
@@ -362,14 +363,15 @@ def linear_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, K = a.shape
     D = weight.shape[0]
+    residual = _rows(residual)
     x = torch.empty(M, D, dtype=residual.dtype, device=a.device)
     x_low = _empty_low(x, a.dtype)
     stats = torch.empty(M, chunks(D), 2, dtype=residual.dtype, device=a.device)
     tile = tuning.tile("linear_residual", a.dtype, M, D, K, precision, a.device)
     args = {
-        "a_ptr": a,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "a_ptr": a.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "bias_ptr": bias.contiguous(),
         "residual_ptr": residual,
         "x_ptr": x,
         "x_low_ptr": x_low,
@@ -390,7 +392,14 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
     D = weight.shape[1]
     dx = torch.empty(M, D, dtype=out_dtype, device=dy.device)
     tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
-    args = {"dy_ptr": dy, "weight_ptr": weight, "dx_ptr": dx, "M": M, "OUT": OUT, "D": D}
+    args = {
+        "dy_ptr": dy.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "dx_ptr": dx,
+        "M": M,
+        "OUT": OUT,
+        "D": D,
+    }
     _launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype)
     return dx
 
@@ -404,11 +413,11 @@ def linear_gelu_dx(
     dstats = torch.empty(M, chunks(OUT), 2, dtype=colsum.dtype, device=u.device)
     tile = tuning.tile("linear_gelu_dx", dy.dtype, M, OUT, D, precision, dy.device)
     args = {
-        "dy_ptr": dy,
-        "weight_ptr": weight,
-        "u_ptr": u,
-        "colsum_ptr": colsum,
-        "bias_ptr": bias,
+        "dy_ptr": dy.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "u_ptr": u.contiguous(),
+        "colsum_ptr": colsum.contiguous(),
+        "bias_ptr": bias.contiguous(),
         "du_ptr": du,
         "dstats_ptr": dstats,
         "M": M,
@@ -434,17 +443,18 @@ def norm_linear_dx(
 ) -> tuple[Tensor, Tensor]:
     M, OUT = du.shape
     D = weight.shape[1]
+    x, residual = _rows(x), None if residual is None else _rows(residual)
     dx = torch.empty(M, D, dtype=moments.dtype, device=du.device)
     dx_low = _empty_low(dx, weight.dtype)
     tile = tuning.tile("norm_linear_dx", du.dtype, M, D, OUT, precision, du.device)
     args = {
-        "du_ptr": du,
-        "weight_ptr": weight,
-        "dstats_ptr": dstats,
+        "du_ptr": du.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "dstats_ptr": dstats.contiguous(),
         "x_ptr": x,
-        "moments_ptr": moments,
+        "moments_ptr": moments.contiguous(),
         "residual_ptr": residual,
-        "extra_ptr": extra,
+        "extra_ptr": None if extra is None else extra.contiguous(),
         "dx_ptr": dx,
         "dx_low_ptr": dx_low,
         "M": M,
@@ -493,3 +503,8 @@ def _launch_tiles(
 
 def _empty_low(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0 if x.dtype == dtype else x.shape, dtype=dtype, device=x.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with unit stride along its rows, which may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()

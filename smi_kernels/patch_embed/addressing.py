@@ -33,6 +33,13 @@ def modulo(a, n):
 
 
 @triton.jit
+def wrap(a, n):
+    """`modulo` of what is in -n .. 2 n - 1, without a division."""
+    a = tl.where(a < 0, a + n, a)
+    return tl.where(a >= n, a - n, a)
+
+
+@triton.jit
 def whole_patches(offset, PATCH: tl.constexpr):
     """`offset` in patches, rounded half up."""
     remainder = modulo(offset, PATCH)
@@ -62,8 +69,10 @@ def pixel_slot(
 
     `slots_ptr` (B, cells) int32 is ``reference.slot_table``; without, every cell is fed and is its own slot.
     """
-    y = modulo(y + dy, H)
-    x = modulo(x + dx, W)
+    dy = modulo(dy, H).to(tl.int32)  # once an image, so that no pixel needs a division
+    dx = modulo(dx, W).to(tl.int32)
+    y = wrap(tl.minimum(y, H - 1) + dy, H)
+    x = wrap(tl.minimum(x, W - 1) + dx, W)
     x = tl.where(flip != 0, W - 1 - x, x)
     row = y // PATCH_H
     column = x // PATCH_W
@@ -73,16 +82,9 @@ def pixel_slot(
     if HAS_SLOTS:
         ROWS = H // PATCH_H
         column = tl.where(flip != 0, COLUMNS - 1 - column, column)
-        row = modulo(row - whole_patches(dy, PATCH_H), ROWS)
-        column = modulo(column - whole_patches(dx, PATCH_W), COLUMNS)
+        row = wrap(row - whole_patches(dy, PATCH_H), ROWS)
+        column = wrap(column - whole_patches(dx, PATCH_W), COLUMNS)
         slot = tl.load(slots_ptr + b * (ROWS * COLUMNS) + row * COLUMNS + column)
     else:
         slot = row * COLUMNS + column
     return slot, py, px
-
-
-@triton.jit
-def live_patch(slots_ptr, b, y, x, H, W, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
-    """Whether the patch of the un-augmented pixel (y, x) is kept."""
-    COLUMNS = W // PATCH_W
-    return tl.load(slots_ptr + b * (H // PATCH_H * COLUMNS) + y // PATCH_H * COLUMNS + x // PATCH_W) >= 0

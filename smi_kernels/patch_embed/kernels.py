@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smi_kernels import tuning
 from smi_kernels.launch import launch
-from smi_kernels.patch_embed.addressing import load_offsets, patch_cell, pixel_slot, source_pixel
+from smi_kernels.patch_embed.addressing import load_offsets, patch_cell, pixel_slot, source_pixel, wrap
 from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics
 
@@ -66,6 +66,7 @@ def embed_tokens_kernel(
         row = patch // COLUMNS
         column = patch % COLUMNS
     cell = row * COLUMNS + column
+    top, left = source_pixel(row * PATCH_H, column * PATCH_W, dy, dx, flip, H, W)
 
     K: tl.constexpr = C * PATCH_H * PATCH_W
     k = tl.arange(0, BLOCK_K)
@@ -74,14 +75,16 @@ def embed_tokens_kernel(
     for start in range(0, K, BLOCK_K):
         at = start + k
         c = at // (PATCH_H * PATCH_W)
-        py = at // PATCH_W % PATCH_H
-        px = at % PATCH_W
-        sy, sx = source_pixel(
-            row[:, None] * PATCH_H + py[None, :], column[:, None] * PATCH_W + px[None, :],
-            dy[:, None], dx[:, None], flip[:, None], H, W,
-        )  # fmt: skip
+        py = (at // PATCH_W % PATCH_H)[None, :]
+        px = (at % PATCH_W)[None, :]
+        if HAS_OFFSETS:  # a patch crosses the border once at most, so that no pixel needs a division
+            sy = wrap(top[:, None] + py, H)
+            sx = wrap(tl.where(flip[:, None] != 0, left[:, None] - px, left[:, None] + px), W)
+        else:
+            sy = top[:, None] + py
+            sx = left[:, None] + px
         inside = is_patch[:, None] & (at < K)[None, :]
-        pixels = tl.load(image[:, None] + c[None, :] * (H * W) + sy * W + sx, mask=inside, other=0.0)
+        pixels = tl.load(image[:, None] + (c[None, :] * (H * W) + sy * W + sx), mask=inside, other=0.0)
         weights = tl.load(
             weight_ptr + columns.to(tl.int64)[None, :] * K + at[:, None],
             mask=(at < K)[:, None] & (columns < D)[None, :],
@@ -104,47 +107,45 @@ def embed_tokens_kernel(
 @triton.jit
 def embed_tokens_dx_kernel(
     dx_ptr,  # (B, P + K, D)
-    weight_ptr,  # (D, pixels)
+    weight_ptr,  # (D, PIXELS)
     scale_ptr,  # (B,) or unused
-    d_patches_ptr,  # (B, K, pixels)
+    d_patches_ptr,  # (B, K, PIXELS)
     M,
     K,
     P,
     D,
-    pixels,
     HAS_SCALE: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(pixels, BLOCK_N)
+    tiles_n = tl.cdiv(PIXELS, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.minimum(rows, M - 1) // K
     token = tl.minimum(rows, M - 1) - b * K + P
     k = tl.arange(0, BLOCK_K)
     dx_tile = dx_ptr + (b * (K + P) + token).to(tl.int64)[:, None] * D + k[None, :]
-    weight_tile = weight_ptr + k.to(tl.int64)[:, None] * pixels + columns[None, :]
+    weight_tile = weight_ptr + k.to(tl.int64)[:, None] * PIXELS + columns[None, :]
     d_patches = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     for start in range(0, D, BLOCK_K):
         if EVEN_D:
             dx = tl.load(dx_tile)
-            weights = tl.load(weight_tile, mask=(columns < pixels)[None, :], other=0.0)
+            weights = tl.load(weight_tile, mask=(columns < PIXELS)[None, :], other=0.0)
         else:
             dx = tl.load(dx_tile, mask=(k < D - start)[None, :], other=0.0)
-            weights = tl.load(
-                weight_tile, mask=(k < D - start)[:, None] & (columns < pixels)[None, :], other=0.0
-            )
+            weights = tl.load(weight_tile, mask=(k < D - start)[:, None] & (columns < PIXELS)[None, :], other=0.0)
         d_patches = dot(dx, weights, d_patches, PRECISION)
         dx_tile += BLOCK_K
-        weight_tile += BLOCK_K * pixels
+        weight_tile += BLOCK_K * PIXELS
     if HAS_SCALE:
         d_patches *= tl.load(scale_ptr + b)[:, None]
-    out = rows.to(tl.int64)[:, None] * pixels + columns[None, :]
-    tl.store(d_patches_ptr + out, d_patches, mask=(rows < M)[:, None] & (columns < pixels)[None, :])
+    out = rows.to(tl.int64)[:, None] * PIXELS + columns[None, :]
+    tl.store(d_patches_ptr + out, d_patches, mask=(rows < M)[:, None] & (columns < PIXELS)[None, :])
 
 
 @triton.jit
@@ -199,12 +200,12 @@ def embed_tokens(
         embed_tokens_kernel,
         (triton.cdiv(B * N, tile.m) * triton.cdiv(D, tile.n),),
         {
-            "images_ptr": images,
+            "images_ptr": images.contiguous(),
             "keep_ptr": None if keep is None else keep.contiguous(),
             "offsets_ptr": None if offsets is None else offsets.contiguous(),
-            "weight_ptr": weight,
-            "position_ptr": position,
-            "prefix_ptr": prefix,
+            "weight_ptr": weight.contiguous(),
+            "position_ptr": position.contiguous(),
+            "prefix_ptr": prefix.contiguous(),
             "x_ptr": x,
             "x_low_ptr": x_low,
             "stats_ptr": stats,
@@ -246,19 +247,19 @@ def embed_tokens_dx(
         embed_tokens_dx_kernel,
         (triton.cdiv(B * K, tile.m) * triton.cdiv(pixels, tile.n),),
         {
-            "dx_ptr": dx_low,
-            "weight_ptr": weight,
-            "scale_ptr": scale,
+            "dx_ptr": dx_low.contiguous(),
+            "weight_ptr": weight.contiguous(),
+            "scale_ptr": None if scale is None else scale.contiguous(),
             "d_patches_ptr": d_patches,
             "M": B * K,
             "K": K,
             "P": prefix_tokens,
             "D": D,
-            "pixels": pixels,
             "HAS_SCALE": scale is not None,
             "EVEN_D": D % tile.k == 0,
             "PRECISION": tuning.dot_precision(precision),
             "COMPUTE": compute_type(wide),
+            "PIXELS": pixels,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
@@ -287,7 +288,7 @@ def patches_to_pixels(
         patches_to_pixels_kernel,
         (B * triton.cdiv(height * width, BLOCK),),
         {
-            "d_patches_ptr": d_patches,
+            "d_patches_ptr": d_patches.contiguous(),
             "slots_ptr": None if keep is None else slot_table(keep, cells),
             "offsets_ptr": None if offsets is None else offsets.contiguous(),
             "d_images_ptr": d_images,

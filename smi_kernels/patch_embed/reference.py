@@ -233,6 +233,5 @@ def patches_to_pixels(
     C = d_patches.shape[2] // (patch_height * patch_width)
     pixels = d_patches.view(B, K, C, patch_height * patch_width).transpose(1, 2).flatten(2)
     source = _patch_sources(cells, offsets, height, width, size).flatten(1)[:, None].expand_as(pixels)
-    return torch.zeros_like(pixels[..., :1]).repeat(1, 1, height * width).scatter(2, source, pixels).unflatten(
-        2, (height, width)
-    )
+    d_images = pixels.new_zeros(B, C, height * width).scatter(2, source, pixels)
+    return d_images.view(B, C, height, width)

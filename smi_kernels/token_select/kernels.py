@@ -164,5 +164,5 @@ def rank_tokens(
         "keep_stride_b": keep.stride(0),
         "keep_stride_k": keep.stride(1),
     }
-    launch(rank_tokens_kernel, (B,), args, num_warps=warps)
+    launch(rank_tokens_kernel, (B,), args, num_warps=warps, max_registers=min(255, 2048 // warps))
     return out, scores
