@@ -269,10 +269,11 @@ def _run(w: Workload) -> None:
     smi.adam_clamp_(images, images, images, images, **adam)
 
 
-def shipped_launches() -> list[Launch]:
-    """One launch of everything that Triton would compile for `WORKLOADS`."""
+def shipped_launches(few: bool = False) -> list[Launch]:
+    """One launch of everything that Triton would compile for `WORKLOADS`, or for a `few`: one of each arithmetic."""
+    chosen = {workload.precision: workload for workload in reversed(WORKLOADS)}.values() if few else WORKLOADS
     with record_launches() as launches:
-        for workload in WORKLOADS:
+        for workload in chosen:
             _run(workload)
     return list({specialize(launch): launch for launch in reversed(launches)}.values())[::-1]
 
@@ -321,22 +322,47 @@ def _table(rows: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Resources]) -> str:
+    """The page `docs/resources.md`."""
+    import triton
+
+    lines = [
+        "# What the kernels need of a GPU",
+        "",
+        f"Made by `python -m smi_kernels.aot --markdown docs/resources.md` with triton {triton.__version__}: every kernel at",
+        "the shipped tiles, compiled ahead of time. Registers of a thread, instructions that spill, kilobytes of shared",
+        "memory, matrix instructions, and 16-byte against narrower memory instructions. Nothing here was run.",
+        "",
+        "| kernel | sm | registers | spills | shared KB | matrix | 16-byte | narrower | compiled for |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kinds = (" ".join(f"{name} {n}" for name, n in of.items()) or "-" for of in (row.matrix, row.wide, row.narrow))
+        cells = (row.kernel, row.capability, row.registers, row.spills, round(row.shared / 1024, 1), *kinds)
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.specialization} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m smi_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--capability", type=int, action="append", choices=sorted(SHARED_MEMORY), help="default: all")
+    parser.add_argument("--few", action="store_true", help="one workload of each arithmetic in place of all")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this page")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled; unset it.")
-    launches = [launch for launch in shipped_launches() if options.kernel in launch.name]
+    launches = [launch for launch in shipped_launches(options.few) if options.kernel in launch.name]
     rows = compile_all(launches, options.capability or sorted(SHARED_MEMORY), options.jobs)
     print(_table(rows))
     if options.out:
         options.out.write_text(
             json.dumps([{**dataclasses.asdict(row), "faults": row.faults()} for row in rows], indent=1)
         )
+    if options.markdown:
+        options.markdown.write_text(markdown(rows))
     faulty = [row for row in rows if row.faults()]
     for row in faulty:
         print(f"{row.kernel} sm_{row.capability} ({row.specialization}): {'; '.join(row.faults())}", file=sys.stderr)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smi_kernels import backends
 from smi_kernels.vit import SparseViT, Trace
 
 
@@ -36,12 +37,21 @@ class _Network(torch.autograd.Function):
         if differentiable:
             ctx.vit, ctx.shape = vit, images.shape
             ctx.tokens = trace.tokens
+            # The backward may run in another thread, or when the context is left.
+            ctx.backend = "auto" if torch.compiler.is_compiling() else backends.wanted()
             ctx.save_for_backward(keep, offsets, *trace.tensors())
         return trace.parts.sum(0), scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.backend != "auto":
+            with backends.use_backend(ctx.backend):
+                return _Network._backward(ctx, d_logits)
+        return _Network._backward(ctx, d_logits)
+
+    @staticmethod
+    def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         vit: SparseViT = ctx.vit
         keep, offsets, *tensors = ctx.saved_tensors
         trace = Trace.of(tensors, len(vit.weights.heads_of_tokens), len(vit.weights.blocks), ctx.tokens)

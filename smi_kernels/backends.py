@@ -86,17 +86,22 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
+def wanted() -> str:
+    """What `use_backend` asked for here, else ``auto``."""
+    return _wanted.get()
+
+
 def choose(device: torch.device) -> str:
     """The backend that an operation on tensors of `device` runs on. Raises ValueError if the wanted one cannot."""
-    wanted = _wanted.get()
-    if wanted == "reference":
+    name = wanted()
+    if name == "reference":
         return "reference"
     reasons = _reasons(device, interpreted())
     if not reasons:
-        return "triton" if wanted == "triton" or device.type == "cuda" else "reference"
-    if wanted == "auto":
+        return "triton" if name == "triton" or device.type == "cuda" else "reference"
+    if name == "auto":
         return "reference"
-    raise ValueError(f"backend {wanted!r} cannot run on {device}: {'; '.join(reasons)}.")
+    raise ValueError(f"backend {name!r} cannot run on {device}: {'; '.join(reasons)}.")
 
 
 def interpreted() -> bool:
@@ -116,7 +121,8 @@ def _not_for(device: torch.device) -> list[str]:
     if interpreted():
         return []
     if device.type != "cuda":
-        return [f"tensors on {device.type} are not for GPU kernels, unless TRITON_INTERPRET=1 interprets them"]
+        here = f"tensors on {device.type} are not for GPU kernels, unless TRITON_INTERPRET=1 interprets them"
+        return [here, *_without_gpu()]
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and (major, minor) < (8, 0):
         return [f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"]

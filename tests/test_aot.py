@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,21 @@ GOOD = Resources(
 def test_faults(changes: dict[str, object], fault: str | None) -> None:
     found = dataclasses.replace(GOOD, **changes).faults()  # type: ignore[arg-type]
     assert found == [] if fault is None else len(found) == 1 and fault in found[0]
+
+
+@pytest.mark.parametrize("options", [["--capability", "90"], ["--few", "--capability", "80", "--capability", "100"]])
+def test_everything_shipped_compiles_without_faults(options: list[str], tmp_path: Path) -> None:
+    """No spills, no more shared memory than there is, matrix instructions where there are matrix products."""
+    pytest.importorskip("triton._C.libtriton")
+    out = tmp_path / "resources.json"
+    command = [sys.executable, "-m", "smi_kernels.aot", "--out", str(out), *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    sources = "".join(path.read_text() for path in ROOT.glob("smi_kernels/*/*.py"))
+    assert {row["kernel"] for row in rows} == set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
+    assert {row["capability"] for row in rows} == {int(n) for n in options if n.isdigit()}
 
 
 def test_an_interpreted_process_refuses_to_compile() -> None:

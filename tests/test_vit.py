@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from smi import SparseModel
 from smi_kernels import SparseViT, use_backend
 from smi_kernels.folding import unsupported_reasons
-from smi_kernels.launch import record_launches
+from smi_kernels.launch import count_launches, record_launches
 from smi_kernels.vit import Trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -220,6 +220,17 @@ def test_a_graph_serves_twice_and_then_is_gone() -> None:
     (grad,) = torch.autograd.grad(vit(images).square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_backward_runs_on_the_backend_of_its_forward() -> None:
+    vit = SparseViT.from_timm(tiny(depth=1).to(DEVICE))
+    for backend, expected in (("triton", True), ("reference", False)):
+        images = pixels(tiny(), 1, torch.float32).requires_grad_(True)
+        with use_backend(backend):
+            logits = vit(images)
+        with count_launches() as launches:
+            torch.autograd.grad(logits.sum(), images)
+        assert bool(launches) is expected or DEVICE == "cuda"  # whose backward has a thread of its own
 
 
 def test_inputs_of_every_kind(backend: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from smi_kernels import tuning
 from smi_kernels.attention.class_kernels import class_attention, class_attention_dx
 from smi_kernels.attention.row import attention_row
-from smi_kernels.attention.rows import load_rows, normed, pairs, store_gradient, store_rows
+from smi_kernels.attention.rows import load_keys, load_rows, load_transposed, normed, pairs, store_gradient, store_rows
 from smi_kernels.launch import launch
 from smi_kernels.tiles import compute_type, dot
 
@@ -25,9 +25,9 @@ __all__ = ["attention", "attention_dx", "attention_row", "class_attention", "cla
 
 
 @triton.jit
-def _scores(q, k, keys, N, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+def _scores(q, kt, keys, N, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
     """(queries, keys) tile of q @ k^T; keys beyond the last token get no share of a softmax."""
-    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), COMPUTE), PRECISION)
+    s = dot(q, kt, tl.zeros((q.shape[0], kt.shape[1]), COMPUTE), PRECISION)
     return tl.where((keys < N)[None, :], s, float("-inf"))
 
 
@@ -65,10 +65,9 @@ def attention_kernel(
     out = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(0, BLOCK_N if WHOLE else N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
+        kt = load_keys(k_ptr, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D)
         v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
-        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
-        s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+        s = _scores(q, kt, keys, N, PRECISION, COMPUTE)
         higher = tl.maximum(highest, tl.max(s, axis=1))
         p = tl.exp(s - higher[:, None])
         if not WHOLE:
@@ -117,15 +116,16 @@ def attention_dx_kernel(
 
     rows = tl.arange(0, BLOCK_N)
     q = load_rows(qkv_ptr, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
-    k = load_rows(qkv_ptr + part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
-    v = load_rows(qkv_ptr + 2 * part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
+    kt = load_keys(
+        qkv_ptr + part, qk_norm_ptr, rows, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True
+    )
+    vt = load_transposed(qkv_ptr + 2 * part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
     d_out = load_rows(d_out_ptr, rows, N, part, D, BLOCK_D)
     q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
-    k = normed(k, qk_norm_ptr, rows, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
 
     # Each gradient leaves as soon as it is known, so that few tiles are alive at a time.
     nothing = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-    s = _scores(q, k, rows, N, PRECISION, COMPUTE)
+    s = _scores(q, kt, rows, N, PRECISION, COMPUTE)
     p = tl.exp(s - tl.max(s, axis=1)[:, None])
     p *= (1.0 / tl.sum(p, axis=1))[:, None]
     dv = dot(tl.trans(p.to(q.dtype)), d_out, nothing, PRECISION)
@@ -133,8 +133,12 @@ def attention_dx_kernel(
         dv, qkv_ptr + 2 * part, qk_norm_ptr, colsum_ptr + 2 * part, bias_ptr + 2 * part, dqkv_ptr + 2 * part,
         EPS, rows, N, stride_n, 2, False, COMPUTE, D, BLOCK_D,
     )  # fmt: skip
-    dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_N, BLOCK_N), COMPUTE), PRECISION)
+    dp = dot(d_out, vt, tl.zeros((BLOCK_N, BLOCK_N), COMPUTE), PRECISION)
     ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(q.dtype)
+    if HAS_NORM:
+        k = tl.trans(kt)
+    else:  # read again, sooner than keep them in registers
+        k = load_rows(qkv_ptr + part, rows, N, stride_n, D, BLOCK_D)
     dk = dot(tl.trans(ds), q, nothing, PRECISION)
     sums += store_gradient(
         dk, qkv_ptr + part, qk_norm_ptr, colsum_ptr + part, bias_ptr + part, dqkv_ptr + part,
@@ -227,15 +231,14 @@ def _queries_dx(
         delta = tl.zeros((BLOCK_M,), COMPUTE)
         for start in tl.range(0, N, BLOCK_N, disable_licm=True):
             keys = start + tl.arange(0, BLOCK_N)
-            k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
-            k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
-            v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
-            s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+            kt = load_keys(k_ptr, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D)
+            vt = load_transposed(v_ptr, keys, N, stride_n, D, BLOCK_D)
+            s = _scores(q, kt, keys, N, PRECISION, COMPUTE)
             higher = tl.maximum(highest, tl.max(s, axis=1))
             p = tl.exp(s - higher[:, None])
             shrink = tl.exp(highest - higher)
             total = total * shrink + tl.sum(p, axis=1)
-            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+            dp = dot(d_out, vt, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
             delta = delta * shrink + tl.sum(p * dp, axis=1)
             highest = higher
         share = 1.0 / total
@@ -245,10 +248,10 @@ def _queries_dx(
             keys = start + tl.arange(0, BLOCK_N)
             k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
             k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
-            v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
-            s = _scores(q, k, keys, N, PRECISION, COMPUTE)
+            vt = load_transposed(v_ptr, keys, N, stride_n, D, BLOCK_D)
+            s = _scores(q, tl.trans(k), keys, N, PRECISION, COMPUTE)
             p = tl.exp(s - highest[:, None]) * share[:, None]
-            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+            dp = dot(d_out, vt, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
             dq = dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, PRECISION)
         tl.store(softmax_ptr + rows, highest, mask=rows < N)
         tl.store(softmax_ptr + N + rows, share, mask=rows < N)
@@ -286,9 +289,10 @@ def _keys_dx(
     part = H * D
     for first in tl.range(0, N, BLOCK_M, disable_licm=True):
         keys = first + tl.arange(0, BLOCK_M)
-        k = load_rows(qkv_ptr + part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
-        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
-        v = load_rows(qkv_ptr + 2 * part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
+        kt = load_keys(
+            qkv_ptr + part, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True
+        )
+        vt = load_transposed(qkv_ptr + 2 * part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
         dk = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
         dv = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
         for start in tl.range(0, N, BLOCK_N, disable_licm=True):
@@ -300,10 +304,10 @@ def _keys_dx(
             highest = tl.load(softmax_ptr + rows, mask=rows < N, other=0.0)
             share = tl.load(softmax_ptr + N + rows, mask=rows < N, other=0.0)
             delta = tl.load(softmax_ptr + 2 * N + rows, mask=rows < N, other=0.0)
-            s = dot(q, tl.trans(k), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+            s = dot(q, kt, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
             p = tl.exp(s - highest[:, None]) * share[:, None]
             dv = dot(tl.trans(p.to(q.dtype)), d_out, dv, PRECISION)
-            dp = dot(d_out, tl.trans(v), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+            dp = dot(d_out, vt, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
             dk = dot(tl.trans((p * (dp - delta[:, None])).to(q.dtype)), q, dk, PRECISION)
         sums = tl.load(pairs(dstats_ptr, keys, H * 2), mask=(keys < N)[:, None], other=0.0)
         sums += store_gradient(

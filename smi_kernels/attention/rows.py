@@ -16,6 +16,15 @@ def load_rows(ptr, rows, N, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, AG
 
 
 @triton.jit
+def load_transposed(ptr, rows, N, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, AGAIN: tl.constexpr = False):
+    """(BLOCK_D, rows), as `load_rows`."""
+    column = tl.arange(0, BLOCK_D)
+    inside = (column < D)[:, None] & (rows < N)[None, :]
+    at = ptr + column[:, None] + rows[None, :] * stride_n
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_last" if AGAIN else "")
+
+
+@triton.jit
 def store_rows(ptr, x, rows, N, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     column = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (column < D)[None, :]
@@ -67,6 +76,29 @@ def normed(
         return tl.where((rows < N)[:, None], y, 0.0).to(x.dtype)
     else:
         return x
+
+
+@triton.jit
+def load_keys(
+    ptr,
+    norm_ptr,
+    rows,
+    N,
+    stride_n,
+    EPS,
+    HAS_NORM: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):
+    """(BLOCK_D, rows) of keys behind their norm."""
+    # A tile loaded as a product wants it goes through shared memory; one transposed later stays in registers.
+    if HAS_NORM:
+        k = load_rows(ptr, rows, N, stride_n, D, BLOCK_D, AGAIN)
+        return tl.trans(normed(k, norm_ptr, rows, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D))
+    else:
+        return load_transposed(ptr, rows, N, stride_n, D, BLOCK_D, AGAIN)
 
 
 @triton.jit

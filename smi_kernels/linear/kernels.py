@@ -498,6 +498,7 @@ def _launch_tiles(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
+        max_registers=min(255, 2048 // tile.warps),
     )
 
 

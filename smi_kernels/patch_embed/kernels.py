@@ -231,6 +231,7 @@ def embed_tokens(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
+        max_registers=min(255, 2048 // tile.warps),
     )
     return x, x_low, stats
 
@@ -266,6 +267,7 @@ def embed_tokens_dx(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
+        max_registers=min(255, 2048 // tile.warps),
     )
     return d_patches
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import timm
 import torch
+from kernels import error
+from small import randomise
+from torch import Tensor
+from torch.nn import functional as F
 
 import smi
 from smi.embedded import load_teacher
+from smi_kernels import PixelDescent, SparseViT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
 CONFIG = smi.preset("demo").replace(iterations=24, prune_at=(4, 8, 12, 16))
@@ -42,3 +50,116 @@ def test_the_same_bits_twice() -> None:
     first, again = (smi.invert(load_teacher(), TARGETS, CONFIG, device="cuda") for _ in range(2))
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.keep, again.keep)
+
+
+# --- fused kernels ---
+
+
+def deit(name: str = "deit_small_patch16_224") -> Any:
+    return randomise(timm.create_model(name)).cuda()
+
+
+def kept(B: int, K: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(196, generator=generator)[:K].sort().values for _ in range(B)]).cuda()
+
+
+def gradient(network: Any, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    images = images.detach().clone().requires_grad_(True)
+    logits = network(images, keep)
+    loss = F.cross_entropy(logits, torch.arange(len(images), device="cuda"), reduction="sum")
+    return logits.detach(), torch.autograd.grad(loss, images)[0]
+
+
+@pytest.mark.parametrize("K", [46, 95, 196])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_large_patch16_224"])
+def test_error_at_real_sizes_is_within_that_of_eager_pytorch(name: str, precision: Any, K: int) -> None:
+    """1.2 times it in 16 bits, 1.5 times in float32; cosine at least 0.999; all against float64."""
+    model, images, keep = deit(name), torch.randn(4, 3, 224, 224, device="cuda"), kept(4, K)
+    keep = None if K == 196 else keep
+    found = gradient(SparseViT.from_timm(model, precision), images, keep)
+    twin = smi.SparseModel(model, backend="reference")
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast("cuda", cast, enabled=cast is not None):
+            eager = gradient(lambda x, k: twin.feed(x, k)[0], images, keep)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    exact_twin = smi.SparseModel(model.double(), backend="reference")
+    exact = gradient(lambda x, k: exact_twin.feed(x, k)[0], images.double(), keep)
+    for ours, theirs, truth in zip(found, eager, exact, strict=True):
+        assert error(ours, truth) <= (1.2 if cast else 1.5) * error(theirs, truth)
+        assert F.cosine_similarity(ours.flatten().double(), truth.flatten(), dim=0) > 0.999
+
+
+def descent(unroll: int, precision: Any = "bf16", **options: Any) -> PixelDescent:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(6, 3, 224, 224, generator=generator).cuda()
+    table = torch.randint(-28, 29, (1100, 6, 3), generator=generator)
+    table[..., 2] = table[..., 2] > 0
+    vit = SparseViT.from_timm(deit("deit_tiny_patch16_224"), precision)
+    bound = torch.full((3,), 2.0, device="cuda")
+    made = PixelDescent(
+        vit, images, torch.arange(6, device="cuda"), table.cuda(), low=-bound, high=bound, tv1=1e-3, tv2=1e-3, l2=1e-3,
+        unroll=unroll, **options,
+    )  # fmt: skip
+    made.prune(kept(6, 46))
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 3, "frozen": False}, {"micro_batch": 4}], ids=str)
+def test_graphs_replay_what_the_host_launches(options: dict[str, Any]) -> None:
+    replayed, launched = descent(4, **options), descent(10**9, **options)
+    for one in (replayed, launched):
+        one.advance(13)
+        one.prune(kept(6, 30))
+        one.advance(10)
+    assert replayed.iteration == launched.iteration == 23
+    assert torch.equal(replayed.images, launched.images)
+    assert torch.equal(replayed.cross_entropies.nan_to_num(), launched.cross_entropies.nan_to_num())
+    assert torch.equal(replayed.priors.nan_to_num(), launched.priors.nan_to_num())
+
+
+def test_a_thousand_replays_give_the_same_bits_twice() -> None:
+    first, again = descent(8), descent(8)
+    for one in (first, again):
+        one.advance(1000)
+    assert torch.equal(first.images, again.images) and first.images.isfinite().all()
+
+
+def test_replays_neither_wait_nor_allocate() -> None:
+    one = descent(8)
+    one.advance(20)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.advance(64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_kept_sets_agree_with_float32() -> None:
+    """Of the trained teacher: at least 99 patches in 100."""
+    teacher = load_teacher().cuda()
+    images = torch.randn(64, 3, 32, 32, device="cuda")
+    chosen = []
+    for precision in ("fp32", "bf16", "fp16"):
+        vit = SparseViT.from_timm(teacher, precision)  # type: ignore[arg-type]
+        _, attention = vit(images, class_attention=True)
+        chosen.append(torch.zeros(64, 64, dtype=torch.bool, device="cuda").scatter(1, attention.topk(44).indices, True))
+    for other in chosen[1:]:
+        assert (chosen[0] & other).sum() >= 0.99 * chosen[0].sum()
+
+
+def test_offsets_beyond_two_billion_elements() -> None:
+    """(B N) 4 D of hidden activations passes 2^31: the last image must come out as it does alone."""
+    vit = SparseViT.from_timm(deit("vit_large_patch16_224"), "bf16", batch_invariant=True)
+    if torch.cuda.get_device_properties(0).total_memory < 120e9:
+        pytest.skip("needs 120 GB")
+    with torch.no_grad():
+        images = torch.randn(2700, 3, 224, 224, device="cuda")
+        assert torch.equal(vit(images)[-1], vit(images[-1:])[0])
