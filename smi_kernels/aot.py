@@ -329,15 +329,17 @@ def markdown(rows: Sequence[Resources]) -> str:
     lines = [
         "# What the kernels need of a GPU",
         "",
-        f"Made by `python -m smi_kernels.aot --markdown docs/resources.md` with triton {triton.__version__}: every kernel at",
-        "the shipped tiles, compiled ahead of time. Registers of a thread, instructions that spill, kilobytes of shared",
-        "memory, matrix instructions, and 16-byte against narrower memory instructions. Nothing here was run.",
+        f"Made by `python -m smi_kernels.aot --markdown docs/resources.md` with triton {triton.__version__}: every",
+        "kernel at the shipped tiles, compiled ahead of time. Registers of a thread, instructions that spill,",
+        "kilobytes of shared memory, matrix instructions, 16-byte and narrower memory instructions. Nothing here was",
+        "run.",
         "",
         "| kernel | sm | registers | spills | shared KB | matrix | 16-byte | narrower | compiled for |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        kinds = (" ".join(f"{name} {n}" for name, n in of.items()) or "-" for of in (row.matrix, row.wide, row.narrow))
+        groups = (row.matrix, row.wide, row.narrow)
+        kinds = (" ".join(f"{name} {n}" for name, n in group.items()) or "-" for group in groups)
         cells = (row.kernel, row.capability, row.registers, row.spills, round(row.shared / 1024, 1), *kinds)
         lines.append(f"| {' | '.join(map(str, cells))} | {row.specialization} |")
     return "\n".join(lines) + "\n"

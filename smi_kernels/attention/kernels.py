@@ -331,29 +331,33 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# What fits the registers of every GPU from compute capability 8.0 on, by BLOCK_D; a choice depends on neither batch nor
-# GPU, so that an image's bits do not. Products of float32 keep their operands in registers, and get small tiles.
+# What fits the registers of every GPU from compute capability 8.0 on. A choice depends on neither batch nor GPU, so that
+# an image's bits depend on neither. Products of float32 keep their operands in registers and get small tiles.
 
 
 def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
+    narrow = BLOCK_D <= 64
     if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
-        return _Tile(32, 32, False, 4 if BLOCK_D <= 64 else 8, 1)
-    if n > 256:
-        return _Tile(64, 64, False, 4, 2)
-    return _Tile(min(n, 64), n, True, {16: 1, 32: 2, 64: 4, 128: 4, 256: 8}[n], 1)
+        return _Tile(32, 32 if narrow else 16, False, 4 if narrow else 8, 1)
+    if n > (256 if narrow else 128):
+        return _Tile(64, 64, False, 4 if narrow else 8, 2)
+    warps = {16: 1, 32: 2, 64: 4, 128: 4 if narrow else 8, 256: 8}[n]
+    return _Tile(min(n, 64), n, True, warps, 1)
 
 
 def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
+    narrow = BLOCK_D <= 64
     if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
-        return _Tile(32, 32, False, 8, 1)
-    if n > (128 if BLOCK_D <= 64 else 64):
-        return _Tile(64, 64, False, 4 if BLOCK_D <= 64 else 8, 1)
-    return _Tile(n, n, True, max(4 if BLOCK_D <= 64 else 8, n // 16), 1)
+        return _Tile(32, 32 if narrow else 16, False, 8, 1)
+    if n > (128 if narrow else 64):
+        return _Tile(64, 64, False, 4 if narrow else 8, 1)
+    return _Tile(n, n, True, 8 if n == 128 or not narrow else 4, 1)
 
 
 def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
+    qkv = qkv.contiguous()
     B, N, _, H, D = qkv.shape
     out = torch.empty(B, N, H * D, dtype=qkv.dtype, device=qkv.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
@@ -389,6 +393,7 @@ def attention_dx(
     bias: Tensor,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
+    qkv, d_out = qkv.contiguous(), d_out.contiguous()
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty_like(qkv)
     dstats = torch.empty(B * N, H, 2, dtype=colsum.dtype, device=qkv.device)
