@@ -92,7 +92,7 @@ class Inversion:
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
         self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
         self._descent: smi_kernels.PixelDescent | None = None
-        self.fused = model.vit is not None and not objectives
+        self.fused = model.vit is not None and not objectives and model.vit.weights.wide == model.dtype
         if self.fused:
             self._descent = self._start_descent()
             self.images = self._descent.images  # the very tensor that moves

@@ -87,7 +87,7 @@ def class_row(
         if HAS_NORM:
             logits = logits / tl.sqrt(squares / D + EPS) + shift
 
-        logits = tl.where(tokens, logits * SCALE, float("-inf"))
+        logits = tl.where(tokens, logits * tl.full((), SCALE, COMPUTE), float("-inf"))
         weights = tl.exp(logits - tl.max(logits, axis=0))
         total += weights / tl.sum(weights, axis=0)
     return total / H

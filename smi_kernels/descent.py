@@ -68,9 +68,11 @@ class PixelDescent:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
+        if images.dtype != vit.weights.wide:
+            raise ValueError(f"images are {images.dtype}; expected {vit.weights.wide}, which the network sums in.")
         self.vit = vit
         self.iteration = 0
-        self.images = images.clone(memory_format=torch.contiguous_format)
+        self.images = images.detach().clone(memory_format=torch.contiguous_format)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self.keep: Tensor | None = None
         self.cross_entropies = images.new_full((T, B), torch.nan)
@@ -84,13 +86,17 @@ class PixelDescent:
         members = torch.full((-(-B // group),), group)
         if B % group:
             members[-1] = B % group
-        self._scale = (cross_entropy / members.double()).repeat_interleave(members).to(images)
+        # In float16 the gradient of the logits starts where there is room below it, and is put back in the end.
+        lift = 256.0 if vit.weights.low == torch.float16 else 1.0
+        self._lift = images.new_full((B,), lift) if lift != 1 else None
+        self._scale = (cross_entropy / lift / members.double()).repeat_interleave(members).to(images)
         self._step = torch.zeros(1, dtype=torch.int64, device=images.device)
         self._sums = torch.ops.smi.prior_sums(self.images)
         self._colsum = torch.stack([head.colsum for head in vit.weights.heads_of_tokens])
         self._bias = torch.stack([head.bias for head in vit.weights.heads_of_tokens])
         self._ran = 0  # iterations since the last change of shapes
         self._graph: Graph | None = None
+        self._captured = vit.weights
 
     def advance(self, iterations: int = 1) -> None:
         """So many iterations; the host does not wait for them."""
@@ -99,6 +105,8 @@ class PixelDescent:
                 f"{iterations} iterations were asked for; expected 0 to {self._table.shape[0] - self.iteration}, what "
                 f"is left of the table's {self._table.shape[0]}."
             )
+        if self._captured is not self.vit.weights:  # a graph knows addresses, and these are gone
+            self._graph, self._captured = None, self.vit.weights
         while iterations:
             if self.images.is_cuda and self._graph is None and self._ran and iterations >= self._unroll:
                 self._graph = Graph(lambda: self._iterate(self._unroll), self.images.device)
@@ -172,8 +180,10 @@ class PixelDescent:
             keep = None if self.keep is None else self.keep[part]
             trace = self.vit.run(images[part], keep, offsets if offsets.shape[0] == 1 else offsets[part])
             _, d_logits, dstats = torch.ops.smi.cross_entropy_head(
-                trace.parts, self._targets[part], self._colsum, self._bias, None, self.vit.weights.low,
+                trace.parts, self._targets[part], self._colsum, self._bias,
+                None if self._lift is None else self._lift[part], self.vit.weights.low,
                 self.cross_entropies[:, part], self._step,
             )  # fmt: skip
             made.append(self.vit.backward(trace, d_logits, dstats, self._scale[part]))
+            del trace  # the next part's takes its memory
         return made[0] if len(made) == 1 else torch.cat(made)

@@ -112,8 +112,11 @@ def _apply(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def fold(model: Any, low: torch.dtype, device: torch.device) -> VitWeights:
-    """The folded weights of a model without `unsupported_reasons`, on `device`."""
+def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False) -> VitWeights:
+    """The folded weights of a model without `unsupported_reasons`, on `device`.
+
+    With `tf32` they are rounded to that format's 10 bits of mantissa, because matrix units would cut the rest off.
+    """
     wide = torch.promote_types(low, torch.float32)
 
     def exact(value: Tensor) -> Tensor:
@@ -131,6 +134,8 @@ def fold(model: Any, low: torch.dtype, device: torch.device) -> VitWeights:
         if after is not None:
             weight, bias = weight * after[:, None], bias * after
         rounded = weight.to(low)
+        if tf32:
+            rounded = ((rounded.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         # Of the rounded weights: the kernels subtract mean times colsum from a product with those.
         return Linear(rounded.contiguous(), rounded.double().sum(1).to(wide), bias.to(wide))
 

@@ -18,7 +18,10 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph):
+            # A stream of this device: the default one belongs to whichever device captured first. Other threads, such
+            # as those that pin memory for a data loader, may go on calling CUDA.
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 body()
 
     def replay(self) -> None:

@@ -122,7 +122,8 @@ class SparseViT(nn.Module):
             raise ValueError(f"{type(model).__name__} cannot run on the fused kernels: {'; '.join(reasons)}.")
         first = next(model.parameters())
         dtype = torch.float64 if first.dtype == torch.float64 and precision == "fp32" else _LOW[precision]
-        weights = fold(model, dtype, torch.device(device) if device is not None else first.device)
+        to = torch.device(device) if device is not None else first.device
+        weights = fold(model, dtype, to, tf32=precision == "tf32")
         return cls(weights, precision, memory, batch_invariant)
 
     def forward(

@@ -182,5 +182,7 @@ def test_more_iterations_than_the_table_has_are_refused() -> None:
     descent = PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds)
     with pytest.raises(ValueError, match="4 iterations were asked for; expected 0 to 3"):
         descent.advance(4)
+    with pytest.raises(ValueError, match=r"images are torch.float64; expected torch.float32"):
+        PixelDescent(vit, torch.zeros(2, 3, 16, 16).double(), torch.tensor([0, 1]), table, **bounds)
     with pytest.raises(ValueError, match="group is 3; expected 1 to 2"):
         PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds, group=3)

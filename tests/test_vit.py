@@ -140,7 +140,7 @@ def test_error_is_within_that_of_eager_pytorch(precision: Any, backend: str) -> 
     if precision == "bf16" and DEVICE == "cpu" and backend == "triton":
         factor = 4.0  # the interpreter cuts off where a GPU rounds
     for ours, theirs, truth in zip(found, eager, exact, strict=True):
-        floor = 1e-3 if precision == "tf32" and DEVICE == "cuda" else 0.0  # eager runs in IEEE float32
+        floor = 3e-3 if precision == "tf32" else 0.0  # eager runs in IEEE float32
         assert error(ours, truth) <= factor * error(theirs, truth) + floor
         assert F.cosine_similarity(ours.flatten().double(), truth.flatten(), dim=0) > 0.999
 

@@ -64,7 +64,7 @@ def class_attention_kernel(
     highest = tl.full((R,), float("-inf"), COMPUTE)
     total = tl.zeros((R,), COMPUTE)
     out = tl.zeros((R, BLOCK_D), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(k_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
@@ -122,7 +122,7 @@ def class_attention_dx_kernel(
     highest = tl.full((R,), float("-inf"), COMPUTE)
     total = tl.zeros((R,), COMPUTE)
     delta = tl.zeros((R,), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D, AGAIN=True)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D, AGAIN=True).to(COMPUTE)
@@ -139,7 +139,7 @@ def class_attention_dx_kernel(
 
     dq = tl.zeros((R, BLOCK_D), COMPUTE)
     first_sums = tl.zeros((BLOCK_N, 2), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
@@ -234,4 +234,4 @@ def class_attention_dx(
 
 def _blocks(N: int, D: int) -> dict[str, int]:
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    return {"BLOCK_D": BLOCK_D, "BLOCK_N": min(4096 // BLOCK_D, max(16, triton.next_power_of_2(N)))}
+    return {"BLOCK_D": BLOCK_D, "BLOCK_N": min(2048 // BLOCK_D, max(16, triton.next_power_of_2(N)))}

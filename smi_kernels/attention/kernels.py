@@ -78,9 +78,7 @@ def attention_kernel(
         out = dot(p.to(v.dtype), v, out, PRECISION)
         highest = higher
     out *= (1.0 / total)[:, None]
-    store_rows(
-        out_ptr + first_row * (H * D) + head * D, out.to(out_ptr.dtype.element_ty), rows, N, H * D, D, BLOCK_D
-    )
+    store_rows(out_ptr + first_row * (H * D) + head * D, out.to(out_ptr.dtype.element_ty), rows, N, H * D, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -116,9 +114,7 @@ def attention_dx_kernel(
 
     rows = tl.arange(0, BLOCK_N)
     q = load_rows(qkv_ptr, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
-    kt = load_keys(
-        qkv_ptr + part, qk_norm_ptr, rows, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True
-    )
+    kt = load_keys(qkv_ptr + part, qk_norm_ptr, rows, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True)
     vt = load_transposed(qkv_ptr + 2 * part, rows, N, stride_n, D, BLOCK_D, AGAIN=True)
     d_out = load_rows(d_out_ptr, rows, N, part, D, BLOCK_D)
     q = normed(q, qk_norm_ptr, rows, N, EPS, 0, HAS_NORM, COMPUTE, D, BLOCK_D)
@@ -289,9 +285,7 @@ def _keys_dx(
     part = H * D
     for first in tl.range(0, N, BLOCK_M, disable_licm=True):
         keys = first + tl.arange(0, BLOCK_M)
-        kt = load_keys(
-            qkv_ptr + part, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True
-        )
+        kt = load_keys(qkv_ptr + part, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D, AGAIN=True)
         vt = load_transposed(qkv_ptr + 2 * part, keys, N, stride_n, D, BLOCK_D, AGAIN=True)
         dk = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
         dv = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
@@ -331,14 +325,14 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# What fits the registers of every GPU from compute capability 8.0 on. A choice depends on neither batch nor GPU, so that
-# an image's bits depend on neither. Products of float32 keep their operands in registers and get small tiles.
+# What fits the registers of every GPU from compute capability 8.0 on. A choice does not depend on the batch, so that an
+# image's bits do not either. Products of float32 keep their operands in registers and get small tiles.
 
 
 def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
     narrow = BLOCK_D <= 64
-    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
+    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n * BLOCK_D > 2048):
         return _Tile(32, 32 if narrow else 16, False, 4 if narrow else 8, 1)
     if n > (256 if narrow else 128):
         return _Tile(64, 64, False, 4 if narrow else 8, 2)
@@ -346,13 +340,13 @@ def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     return _Tile(min(n, 64), n, True, warps, 1)
 
 
-def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
+def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
     narrow = BLOCK_D <= 64
-    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n > 64):
+    if dtype.itemsize == 4 or (dtype.itemsize == 8 and n * BLOCK_D > 2048):
         return _Tile(32, 32 if narrow else 16, False, 8, 1)
     if n > (128 if narrow else 64):
-        return _Tile(64, 64, False, 4 if narrow else 8, 1)
+        return _Tile(64, 64, False, 4 if narrow and not norm else 8, 1)
     return _Tile(n, n, True, 8 if n == 128 or not narrow else 4, 1)
 
 
@@ -399,7 +393,7 @@ def attention_dx(
     dstats = torch.empty(B * N, H, 2, dtype=colsum.dtype, device=qkv.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
     precision = tuning.dot_precision(precision)
-    tile = _dx_tile(N, BLOCK_D, qkv.dtype)
+    tile = _dx_tile(N, BLOCK_D, qkv.dtype, qk_norm is not None)
     args = {
         "qkv_ptr": qkv,
         "d_out_ptr": d_out,

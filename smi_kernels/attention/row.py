@@ -17,7 +17,7 @@ def attention_row_kernel(
     key_ptr,  # (B, N, H, D)
     norm_ptr,  # unused
     row_ptr,  # (B, N)
-    SCALE,
+    SCALE: tl.float64,
     EPS,
     N,
     H,

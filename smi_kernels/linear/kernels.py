@@ -1,8 +1,8 @@
 """Triton kernels of the linear family: one matrix product each, with all that surrounds it in prologue and epilogue.
 
 A program makes a BLOCK_M x BLOCK_N tile of the result in float32 and never splits the sum over K, so its bits do not
-depend on the number of rows unless the tile does. Bytes moved: both operands and the result once, plus the epilogue's
-reads, as far as tiles share them through L2.
+depend on the number of rows unless the tile does; nor is code made for particular numbers of rows. Bytes moved: both
+operands and the result once, plus the epilogue's reads, as far as tiles share them through L2.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _product(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_linear_kernel(
     x_ptr,  # (M, D)
     stats_ptr,  # (M, chunks, 2)
@@ -115,7 +115,7 @@ def norm_linear_kernel(
         tl.store(activation_ptr + at, activation.to(activation_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_residual_kernel(
     a_ptr,  # (M, K)
     weight_ptr,  # (D, K)
@@ -156,7 +156,7 @@ def linear_residual_kernel(
     store_row_statistics(stats_ptr, x, rows, first_column, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_dx_kernel(
     dy_ptr,  # (M, OUT)
     weight_ptr,  # (OUT, D)
@@ -183,7 +183,7 @@ def linear_dx_kernel(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_gelu_dx_kernel(
     dy_ptr,  # (M, D)
     weight_ptr,  # (D, OUT)
@@ -232,7 +232,7 @@ def linear_gelu_dx_kernel(
     tl.store(pairs + 1, with_u, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_linear_dx_kernel(
     du_ptr,  # (M, OUT)
     weight_ptr,  # (OUT, D)

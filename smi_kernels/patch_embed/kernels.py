@@ -18,7 +18,7 @@ from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def embed_tokens_kernel(
     images_ptr,  # (B, C, H, W)
     keep_ptr,  # (B, K) or unused
@@ -104,7 +104,7 @@ def embed_tokens_kernel(
     store_row_statistics(stats_ptr, x, rows, first, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def embed_tokens_dx_kernel(
     dx_ptr,  # (B, P + K, D)
     weight_ptr,  # (D, PIXELS)

@@ -465,3 +465,5 @@ def _copy_back(tensors: tuple[Tensor, ...], contiguous: tuple[Tensor, ...]) -> N
     for tensor, copy in zip(tensors, contiguous, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)
+        else:
+            torch.autograd.graph.increment_version(tensor)  # or autograd would not notice that it was written to

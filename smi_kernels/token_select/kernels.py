@@ -84,7 +84,7 @@ def rank_tokens_kernel(
     keep_ptr,  # (B, K)
     out_ptr,  # (B, count)
     scores_ptr,  # (B, K)
-    SCALE,
+    SCALE: tl.float64,
     EPS,
     count,
     prefix,

@@ -158,8 +158,8 @@ def test_kept_sets_agree_with_float32() -> None:
 def test_offsets_beyond_two_billion_elements() -> None:
     """(B N) 4 D of hidden activations passes 2^31: the last image must come out as it does alone."""
     vit = SparseViT.from_timm(deit("vit_large_patch16_224"), "bf16", batch_invariant=True)
-    if torch.cuda.get_device_properties(0).total_memory < 120e9:
-        pytest.skip("needs 120 GB")
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
     with torch.no_grad():
         images = torch.randn(2700, 3, 224, 224, device="cuda")
         assert torch.equal(vit(images)[-1], vit(images[-1:])[0])
