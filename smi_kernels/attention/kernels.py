@@ -316,13 +316,15 @@ def _keys_dx(
 
 
 class _Tile(NamedTuple):
-    """Rows of a block, tokens that it meets at a time (`whole`: all there are), warps, stages of loads in a loop."""
+    """Rows of a block, tokens that it meets at a time (`whole`: all there are), warps, stages of loads in a loop, and
+    most registers of a thread where the assembler's own choice would spill."""
 
     m: int
     n: int
     whole: bool
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # What fits the registers of every GPU from compute capability 8.0 on. A choice does not depend on the batch, so that an
@@ -333,7 +335,7 @@ def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
     narrow = BLOCK_D <= 64
     if dtype.itemsize == 4 or (dtype.itemsize == 8 and n * BLOCK_D > 2048):
-        return _Tile(32, 32 if narrow else 16, False, 4 if narrow else 8, 1)
+        return _Tile(32, 32 if narrow else 16, False, 4 if narrow else 8, 1, 168)
     if n > (256 if narrow else 128):
         return _Tile(64, 64, False, 4 if narrow else 8, 2)
     warps = {16: 1, 32: 2, 64: 4, 128: 4 if narrow else 8, 256: 8}[n]
@@ -374,7 +376,7 @@ def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = 
         "BLOCK_N": tile.n,
     }
     grid = (B * H * -(-N // tile.m),)
-    launch(attention_kernel, grid, args, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_kernel, grid, args, num_warps=tile.warps, num_stages=tile.stages, max_registers=tile.registers)
     return out
 
 
@@ -417,5 +419,5 @@ def attention_dx(
         softmax = torch.empty(B, H, 3, N, dtype=colsum.dtype, device=qkv.device)
         kernel = attention_long_dx_kernel
         args |= {"softmax_ptr": softmax, "BLOCK_M": tile.m}
-    launch(kernel, (B * H,), args, num_warps=tile.warps, num_stages=tile.stages)
+    launch(kernel, (B * H,), args, num_warps=tile.warps, num_stages=tile.stages, max_registers=tile.registers)
     return dqkv, dstats
