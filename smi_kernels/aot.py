@@ -329,8 +329,8 @@ def markdown(rows: Sequence[Resources]) -> str:
     lines = [
         "# What the kernels need of a GPU",
         "",
-        f"Made by `python -m smi_kernels.aot --markdown docs/resources.md` with triton {triton.__version__}: every",
-        "kernel at the shipped tiles, compiled ahead of time. Registers of a thread, instructions that spill,",
+        f"Made by `python -m smi_kernels.aot --few --markdown docs/resources.md` with triton {triton.__version__}:",
+        "every kernel at the shipped tiles, compiled ahead of time. Registers of a thread, instructions that spill,",
         "kilobytes of shared memory, matrix instructions, 16-byte and narrower memory instructions. Nothing here was",
         "run.",
         "",
