@@ -155,6 +155,7 @@ class PixelDescent:
             self.exp_avg,
             self.exp_avg_sq,
             self._d_patches(images, offsets),
+            None,
             self._slots,
             offsets,
             coefficients,

@@ -233,13 +233,14 @@ def _(step, table, sums, tv1, tv2, l2, group, height, width, beta1, beta2, histo
 
 @_define(
     "pixel_update",
-    "pixel_step(Tensor images, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor d_patches, Tensor? keep_slots,"
-    " Tensor? offsets, Tensor coefficients, SymInt group, Tensor bias_correction, float lr, float beta1, float beta2,"
-    " float eps, Tensor low, Tensor high, bool frozen, int patch_height, int patch_width) -> (Tensor, Tensor)",
+    "pixel_step(Tensor images, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor d_patches, Tensor? d_images,"
+    " Tensor? keep_slots, Tensor? offsets, Tensor coefficients, SymInt group, Tensor bias_correction, float lr,"
+    " float beta1, float beta2, float eps, Tensor low, Tensor high, bool frozen, int patch_height,"
+    " int patch_width) -> (Tensor, Tensor)",
 )
 def _(
-    images, exp_avg, exp_avg_sq, d_patches, keep_slots, offsets, coefficients, group, bias_correction, lr, beta1, beta2,
-    eps, low, high, frozen, patch_height, patch_width,
+    images, exp_avg, exp_avg_sq, d_patches, d_images, keep_slots, offsets, coefficients, group, bias_correction, lr,
+    beta1, beta2, eps, low, high, frozen, patch_height, patch_width,
 ):  # fmt: skip
     B, C, H, W = images.shape
     return images.new_empty(images.shape), images.new_empty(B, C, H, 9)

@@ -82,9 +82,9 @@ def samples(low: torch.dtype) -> dict[str, list[tuple[tuple[Any, ...], dict[str,
         "prior_coefficients": [(sums, 0.1, 0.2, 0.3, 2, 8, 16)],
         "begin_step": [(counter, table, sums, 0.1, 0.2, 0.3, 1, 8, 16, 0.5, 0.99, h) for h in (None, wi(2, B, 3))],
         "pixel_step": [
-            (images, wi(*images.shape), wi(*images.shape).square(), d_patches, slots, OFFSETS, wi(B, 9), 1,
+            (images, wi(*images.shape), wi(*images.shape).square(), d_patches, direct, slots, OFFSETS, wi(B, 9), 1,
              wi(2).abs() + 0.1, *step[1:], adam["low"], adam["high"], frozen, 4, 4)
-            for frozen in (True, False)
+            for frozen, direct in ((True, None), (False, wi(*images.shape, seed=4)))
         ],
         "finish_prior_sums": [(images, wi(B, C, 8, 9), s) for s in (None, counter)],
         "cross_entropy_head": [

@@ -32,7 +32,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 class Case:
     """A batch: rows and columns of tiles and of the grid whole and broken, groups whole and broken.
 
-    `shared` offsets are one row for all images, `still` means no offsets, `kept` None all patches.
+    `shared` offsets are one row for all images, `still` means no offsets, `kept` None all patches, `direct` a gradient
+    of the pixels that comes through no patch.
     """
 
     shape: tuple[int, int, int, int]
@@ -42,6 +43,7 @@ class Case:
     frozen: bool = False
     shared: bool = False
     still: bool = False
+    direct: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -72,6 +74,9 @@ class Case:
         K = math.prod(self.grid) if self.kept is None else self.kept
         return normal(B, K, C * math.prod(self.patch), seed=100 + seed, dtype=dtype)
 
+    def d_images(self, seed: int, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        return normal(*self.shape, seed=200 + seed, dtype=dtype) if self.direct else None
+
     def bounds(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         low = torch.tensor([-1.0, -1.5, -2.0])[: self.shape[1]]
         return low.to(DEVICE, dtype), (0.8 - low).to(DEVICE, dtype)
@@ -81,7 +86,8 @@ CASES = [
     Case((3, 1, 20, 12), (4, 6), 5, group=2),
     Case((2, 2, 18, 14), (6, 7), 3, group=2, frozen=True, shared=True),
     Case((1, 1, 33, 5), (3, 5), None, group=1, frozen=True),
-    Case((5, 1, 4, 6), (2, 3), 1, group=3, still=True),
+    Case((5, 1, 4, 6), (2, 3), 1, group=3, still=True, direct=True),
+    Case((2, 1, 18, 10), (6, 5), 2, group=1, frozen=True, direct=True),
 ]
 
 
@@ -105,6 +111,7 @@ def descend(module: Any, case: Case, iterations: int, dtype: torch.dtype = torch
             exp_avg,
             exp_avg_sq,
             case.d_patches(t, dtype),
+            case.d_images(t, dtype),
             case.slots(),
             None if case.still else offsets,
             coefficients,
@@ -136,6 +143,8 @@ def autograd(case: Case, iterations: int) -> dict[str, Tensor]:
         read = None if case.still else offsets
         cells = fed_cells(keep, read, case.shape[0], case.grid, case.patch).to(DEVICE)
         loss = (smi_kernels.gather_patches(parameter, cells, read, case.patch) * case.d_patches(t)).sum()
+        if case.direct:
+            loss = loss + (parameter * case.d_images(t)).sum()
         values = []
         for part in parameter.split(case.group):
             priors = [f(part, per_image=False) for f in (smi_kernels.tv_l1, smi_kernels.tv_l2, smi_kernels.l2_norm)]
@@ -187,6 +196,7 @@ def step_once(module: Any, case: Case, dtype: torch.dtype, **changed: Any) -> li
         "exp_avg": normal(*case.shape, seed=1, dtype=dtype),
         "exp_avg_sq": normal(*case.shape, seed=2, dtype=dtype).abs(),
         "d_patches": case.d_patches(3, dtype),
+        "d_images": case.d_images(3, dtype),
         "keep_slots": case.slots(),
         "offsets": None if case.still else case.table(1)[0],
         "coefficients": normal(-(-B // case.group), 9, seed=4, dtype=dtype).abs(),
@@ -234,7 +244,7 @@ def test_a_group_alone_has_the_same_bits() -> None:
                 step, table, sums, *WEIGHTS, 2, 18, 6, ADAM["beta1"], ADAM["beta2"], None
             )
             images, row_sums = kernels.pixel_step(
-                images, exp_avg, exp_avg_sq, case.d_patches(t, torch.float32)[part], case.slots()[part], offsets,
+                images, exp_avg, exp_avg_sq, case.d_patches(t, torch.float32)[part], None, case.slots()[part], offsets,
                 coefficients, 2, correction, *ADAM.values(), *case.bounds(torch.float32), False, 6, 3,
             )  # fmt: skip
             sums = kernels.finish_prior_sums(images, row_sums, step)
@@ -260,10 +270,10 @@ def test_constant_images_stay() -> None:
     assert not any(tensor.any() for tensor in step_once(kernels, case, torch.float32, **still))
 
 
-@pytest.mark.parametrize("where", ["images", "d_patches"])
+@pytest.mark.parametrize("where", ["images", "d_patches", "d_images"])
 def test_not_a_number_stays_visible(where: str) -> None:
     case = Case((1, 1, 6, 6), (3, 3), 2, group=1)
-    poison = {"images": normal(*case.shape), "d_patches": case.d_patches(0)}[where]
+    poison = case.d_patches(0) if where == "d_patches" else normal(*case.shape)
     poison.view(-1)[7] = math.nan
     found = step_once(kernels, case, torch.float64, **{where: poison.clone()})
     expected = step_once(reference, case, torch.float64, **{where: poison.clone()})
@@ -282,6 +292,7 @@ def test_any_strides() -> None:
         "exp_avg": normal(*case.shape, seed=1),
         "exp_avg_sq": normal(*case.shape, seed=2).abs(),
         "d_patches": case.d_patches(3),
+        "d_images": normal(*case.shape, seed=5),
         "keep_slots": case.slots(),
         "coefficients": normal(2, 9, seed=4).abs(),
     }
@@ -441,7 +452,7 @@ def launch_all(B: int, H: int, W: int, K: int, patch: int, device: str) -> None:
     slots = torch.zeros(B, H // patch * (W // patch), dtype=torch.int32, device=device)
     d_patches = torch.empty(B, K, 3 * patch * patch, device=device)
     new, row_sums = kernels.pixel_step(
-        images, *moments, d_patches, slots, offsets, coefficients, 1, correction, *ADAM.values(), *bounds, True,
+        images, *moments, d_patches, None, slots, offsets, coefficients, 1, correction, *ADAM.values(), *bounds, True,
         patch, patch,
     )  # fmt: skip
     kernels.finish_prior_sums(new, row_sums, step)
@@ -471,11 +482,14 @@ def test_no_images_no_launches() -> None:
 
 
 def test_traffic_budget() -> None:
-    """26 bytes for each pixel, 4 more for each in a kept patch."""
+    """26 bytes for each pixel, 4 more for each in a kept patch, 4 more for each with a gradient of its own."""
     pixels, kept = 32 * 3 * 224 * 224, 46 * 16 * 16
     assert 24 * pixels < pixel_step_bytes(32, 3, 224, 224, 0) < 26 * pixels
     assert pixel_step_bytes(32, 3, 224, 224, kept) - pixel_step_bytes(32, 3, 224, 224, 0) == 4 * 32 * 3 * kept
+    direct = pixel_step_bytes(32, 3, 224, 224, kept, direct=True)
+    assert direct - pixel_step_bytes(32, 3, 224, 224, kept) == 4 * pixels
     # By hand: two tiles of an image of 17 x 10 share one border, whose two rows are read twice more each.
     by_hand = 6 * 170 + 2 * 2 * 10 + 9 * 17 + 9 * 2 + 9
     assert pixel_step_bytes(1, 1, 17, 10, 0) == 4 * by_hand
     assert pixel_step_bytes(1, 1, 17, 10, 50, frozen=True) == 4 * (by_hand - 4 * 120 + 50)
+    assert pixel_step_bytes(1, 1, 17, 10, 50, frozen=True, direct=True) == 4 * (by_hand - 4 * 120 + 50 + 50)

@@ -1,8 +1,9 @@
 """Triton kernels of the pixel update: everything between the gradient of the patches and the next iteration's network.
 
 The pixel step reads images, moments and the gradient of the kept patches once, and writes images and moments once: by
-`smi_kernels.pixel_update.traffic` 25.1 bytes for a pixel of 224 x 224, and 4 more if it is in a kept patch. New images
-go to memory of their own, because the gradient of the priors needs the old neighbours of every pixel.
+`smi_kernels.pixel_update.traffic` 25.1 bytes for a pixel of 224 x 224, 4 more if it is in a kept patch, and 4 more if a
+loss reads the pixels themselves. New images go to memory of their own, because the gradient of the priors needs the old
+neighbours of every pixel.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def begin_step_kernel(
 def pixel_step_kernel(
     images_ptr,  # (B, C, H, W)
     d_patches_ptr,  # (B, K, C * PATCH_H * PATCH_W)
+    d_images_ptr,  # (B, C, H, W) or unused
     slots_ptr,  # (B, cells) or unused
     offsets_ptr,  # (B | 1, 3) or unused
     coefficients_ptr,  # (G, 9)
@@ -119,6 +121,7 @@ def pixel_step_kernel(
     W,
     K,
     offsets_stride_b,
+    HAS_DIRECT: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     FROZEN: tl.constexpr,
@@ -172,6 +175,8 @@ def pixel_step_kernel(
         live = x < W
         if FROZEN:
             live &= tl.load(slots_ptr + y // PATCH_H * COLUMNS + x // PATCH_W, mask=x < W, other=-1) >= 0
+        if HAS_DIRECT:
+            gradient += tl.load(d_images_ptr + at, mask=live, other=0.0).to(COMPUTE)
         exp_avg = tl.load(exp_avg_ptr + at, mask=live, other=0.0).to(COMPUTE)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=live, other=0.0).to(COMPUTE)
         gradient += prior_gradient(above, row, below, d_squares, d_magnitudes, y, x, H, W, COMPUTE)
@@ -339,6 +344,7 @@ def pixel_step(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     d_patches: Tensor,
+    d_images: Tensor | None,
     keep_slots: Tensor | None,
     offsets: Tensor | None,
     coefficients: Tensor,
@@ -364,6 +370,7 @@ def pixel_step(
     args = {
         "images_ptr": images,
         "d_patches_ptr": d_patches.contiguous(),
+        "d_images_ptr": images if d_images is None else d_images.contiguous(),
         "slots_ptr": images if keep_slots is None else keep_slots.contiguous(),
         "offsets_ptr": images if offsets is None else offsets.contiguous(),
         "coefficients_ptr": coefficients.contiguous(),
@@ -384,6 +391,7 @@ def pixel_step(
         "W": W,
         "K": d_patches.shape[1],
         "offsets_stride_b": 0 if offsets is None or offsets.shape[0] == 1 else 3,
+        "HAS_DIRECT": d_images is not None,
         "HAS_SLOTS": keep_slots is not None,
         "HAS_OFFSETS": offsets is not None,
         "FROZEN": frozen and keep_slots is not None,

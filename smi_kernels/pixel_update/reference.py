@@ -93,6 +93,7 @@ def pixel_step(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     d_patches: Tensor,
+    d_images: Tensor | None,
     keep_slots: Tensor | None,
     offsets: Tensor | None,
     coefficients: Tensor,
@@ -108,11 +109,12 @@ def pixel_step(
     patch_height: int,
     patch_width: int,
 ) -> tuple[Tensor, Tensor]:
-    """The step of `adam_clamp_` with the gradient of the patches that were fed plus that of the priors.
+    """The step of `adam_clamp_` with the gradient of the patches that were fed, of the priors, and of the pixels alone.
 
     Args:
         images: (B, C, H, W), not changed; exp_avg, exp_avg_sq: the same shape, updated in place.
         d_patches: (B, K, C * patch_height * patch_width), gradient with respect to the patches as they were read.
+        d_images: (B, C, H, W) further gradient with respect to the pixels, or None.
         keep_slots: (B, cells) int32, for each patch of the grid its place among the K kept, or -1; None: all are kept.
         offsets: (B, 3) or (1, 3) int64 under which patches were read, or None.
         coefficients: (G, 9), gradient with respect to the nine sums of `prior_sums`, for groups of `group` images.
@@ -130,6 +132,8 @@ def pixel_step(
     d_sums = coefficients.repeat_interleave(group, 0)[:B, None].expand(-1, C, -1)
     grad = prior_sums_dx(images, d_sums)
     grad += patches_to_pixels(d_patches, keep, offsets, H, W, patch_height, patch_width)
+    if d_images is not None:
+        grad += d_images
     new_avg = exp_avg.lerp(grad, 1 - beta1)
     new_avg_sq = (exp_avg_sq * beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (new_avg_sq.sqrt() / bias_correction[1]).add_(eps)
