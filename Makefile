@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(HERE)
 INSTALLED_DEV := $(VENV)/installed-dev-$(HERE)
-DESCRIPTION := pyproject.toml setup.py Makefile
+DESCRIPTION := pyproject.toml setup.py Makefile $(wildcard csrc/*.py csrc/*/*)
 
 .PHONY: help venv demo test lint bench clean
 
@@ -34,7 +34,7 @@ bench: $(INSTALLED)  ## time sparse against dense inversion; ARGS='--model ...' 
 	$(BIN)/python -m benchmarks.sparse_vs_dense $(ARGS)
 
 clean:  ## remove what make and the tools made: .venv, demo-pool, builds, caches
-	rm -rf $(VENV) demo-pool build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-pool build dist smi_kernels/_native *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): $(DESCRIPTION)

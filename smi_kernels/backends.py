@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "triton", "cpu", "cuda")
 _wanted: ContextVar[str] = ContextVar("backend", default="auto")
 
 
@@ -31,7 +31,8 @@ class Backend:
     """One implementation of the operations.
 
     Attributes:
-        name: ``reference`` is plain PyTorch and defines what is correct; ``triton`` and ``cuda`` are kernels.
+        name: ``reference`` is plain PyTorch and defines what is correct; ``triton`` is kernels for GPUs, ``cpu`` and
+            ``cuda`` are compiled operators.
         live: whether the public functions of `smi_kernels` can run on it here and now.
         reason: why it is live, or everything that stands against it, separated by semicolons.
     """
@@ -45,11 +46,11 @@ def status() -> list[Backend]:
     """All backends, the reference first."""
     import torch
 
-    against = {name: reasons_against(name) for name in ("triton", "cuda")}
-    return [
-        Backend("reference", True, f"PyTorch {torch.__version__}"),
-        *(Backend(name, not reasons, "; ".join(reasons) or _about_triton()) for name, reasons in against.items()),
-    ]
+    found = [Backend("reference", True, f"PyTorch {torch.__version__}")]
+    for name, about in (("triton", _about_triton), ("cpu", _about_cpu), ("cuda", _about_triton)):
+        reasons = reasons_against(name)
+        found.append(Backend(name, not reasons, "; ".join(reasons) or about()))
+    return found
 
 
 def reasons_against(name: str, device: torch.device | None = None) -> list[str]:
@@ -58,8 +59,18 @@ def reasons_against(name: str, device: torch.device | None = None) -> list[str]:
         return []
     if name == "triton":
         return [*_without_triton(), *(_without_gpu() if device is None else _not_for(device))]
+    if name == "cpu":
+        from smi_kernels import native
+
+        elsewhere = device is not None and device.type != "cpu"
+        against = native.reasons_against()
+        return [
+            *against,
+            *(_missing_compiler() if against else []),
+            *([f"its operators are for CPUs, not for {device}"] if elsewhere else []),
+        ]
     if name == "cuda":
-        return ["this version has no compiled operators", *_missing_compilers(), *_without_gpu()]
+        return ["this version has no compiled operators", *_missing_nvcc(), *_without_gpu()]
     raise ValueError(f"backend is {name!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
 
 
@@ -68,8 +79,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within this context (of this thread) every operation runs on backend `name`.
 
     Args:
-        name: ``reference``, ``triton``, ``cuda``, or ``auto``: kernels wherever they can run on the tensors' device,
-            else the reference.
+        name: ``reference``, ``triton``, ``cpu``, ``cuda``, or ``auto``: Triton kernels on a GPU and compiled operators
+            on a CPU, wherever they can run, else the reference.
 
     Raises:
         ValueError: no such backend, or not live, with every reason. Tensors on a device that it cannot serve raise when
@@ -93,15 +104,21 @@ def wanted() -> str:
 
 def choose(device: torch.device) -> str:
     """The backend that an operation on tensors of `device` runs on. Raises ValueError if the wanted one cannot."""
-    name = wanted()
-    if name == "reference":
+    asked = wanted()
+    if asked == "reference":
         return "reference"
-    reasons = _reasons(device, interpreted())
+    name = preferred(device) if asked == "auto" else asked
+    reasons = _reasons(name, device, interpreted())
     if not reasons:
-        return "triton" if name == "triton" or device.type == "cuda" else "reference"
-    if name == "auto":
+        return name
+    if asked == "auto":
         return "reference"
     raise ValueError(f"backend {name!r} cannot run on {device}: {'; '.join(reasons)}.")
+
+
+def preferred(device: torch.device) -> str:
+    """What ``auto`` runs on tensors of `device`, if it can."""
+    return "triton" if device.type == "cuda" else "cpu"
 
 
 def interpreted() -> bool:
@@ -110,8 +127,8 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _reasons(device: torch.device, _interpreted: bool) -> list[str]:
-    return reasons_against("triton", device)
+def _reasons(name: str, device: torch.device, _interpreted: bool) -> list[str]:
+    return reasons_against(name, device)
 
 
 def _not_for(device: torch.device) -> list[str]:
@@ -154,14 +171,21 @@ def _about_triton() -> str:
     return f"{version}, interpreted on the CPU" if interpreted() else version
 
 
-def _missing_compilers() -> list[str]:
-    missing = []
+def _about_cpu() -> str:
+    from smi_kernels import native
+
+    return native.about()
+
+
+def _missing_compiler() -> list[str]:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return [] if any(shutil.which(name) for name in names if name) else ["no C++ compiler on PATH"]
+
+
+def _missing_nvcc() -> list[str]:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    if not shutil.which("nvcc") and not Path(home, "bin", "nvcc").is_file():
-        missing.append(f"no nvcc on PATH or in {home}")
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
-        missing.append("no C++ compiler on PATH")
-    return missing
+    there = shutil.which("nvcc") or Path(home, "bin", "nvcc").is_file()
+    return [] if there else [f"no nvcc on PATH or in {home}"]
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Every operation as a registered torch operator: schema, shapes of its results, and which implementation runs.
 
-``torch.ops.smi.<name>`` runs `<name>` of ``<folder>/reference.py`` or ``<folder>/kernels.py``, which have one
-signature; `smi_kernels.backends.choose` decides. Nothing here imports Triton.
+``torch.ops.smi.<name>`` runs `<name>` of ``<folder>/reference.py``, ``<folder>/kernels.py`` (Triton) or
+``<folder>/cpu.py`` (compiled), which have one signature; `smi_kernels.backends.choose` decides. Nothing here imports
+Triton.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from smi_kernels.linear.reference import STAT_CHUNK
 
 _library = torch.library.Library("smi", "DEF")
 OPERATORS: dict[str, str] = {}
+_MODULES = {"reference": "reference", "triton": "kernels", "cpu": "cpu"}
 
 
 def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,7 +58,7 @@ def _recordable(folder: str, name: str, fake: Callable[..., Any]) -> Callable[..
 
 @functools.cache
 def _implementation(folder: str, backend: str) -> Any:
-    return importlib.import_module(f"smi_kernels.{folder}.{'reference' if backend == 'reference' else 'kernels'}")
+    return importlib.import_module(f"smi_kernels.{folder}.{_MODULES[backend]}")
 
 
 def _chunks(width: int) -> int:

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Kernels:
+    """The implementation of a folder of operations that the running test is about: Triton kernels, or compiled.
+
+    A test module that holds one is run for both; a test marked ``triton`` for Triton kernels alone.
+    """
+
+    module = "kernels"
+
+    def __init__(self, folder: str, triton: str = "kernels") -> None:
+        self._modules = {"kernels": f"smi_kernels.{folder}.{triton}", "cpu": f"smi_kernels.{folder}.cpu"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._modules[Kernels.module]), name)
+
+
+def launched(names: list[str]) -> list[str]:
+    """The launches to expect: Triton kernels of these names, or none of compiled operators."""
+    return names if Kernels.module == "kernels" else []
 
 
 @contextlib.contextmanager

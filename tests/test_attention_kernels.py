@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE, poisoned, within_budget
+from kernels import DEVICE, Kernels, launched, poisoned, within_budget
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi_kernels.attention import kernels, reference
+from smi_kernels.attention import reference
 from smi_kernels.launch import count_launches
+
+kernels = Kernels("attention")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # The interpreter cuts bits off where a GPU rounds to bfloat16: twice the error, and all of it in one direction.
@@ -84,12 +86,13 @@ def assert_agree(run: Any, t: dict[str, Any], dtype: torch.dtype) -> None:
     with poisoned():
         found = run(kernels, t)
     expected, truth = run(reference, t), run(reference, exact(t))
+    plain = 2.0 if Kernels.module == "kernels" else 3.0  # compiled sums run in order, those of BLAS in blocks
     for name, value in found.items():
         assert value.dtype == expected[name].dtype and value.shape == expected[name].shape, name
         if dtype == torch.float64:
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
         else:
-            assert within_budget(value, expected[name], truth[name], FACTOR.get(dtype, 2.0)), name
+            assert within_budget(value, expected[name], truth[name], FACTOR.get(dtype, plain)), name
 
 
 def skip_where_truncation_piles_up(dtype: torch.dtype, norm: bool) -> None:
@@ -115,6 +118,7 @@ def test_class_attention_computes_what_its_reference_does(
     assert_agree(class_attention, draw(B, N, H, d, dtype, norm, R), dtype)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("norm", [False, True], ids=["", "qk_norm"])
 @pytest.mark.parametrize("N", [1, 17, 33])
 def test_either_gradient_kernel_serves_any_number_of_tokens(
@@ -127,7 +131,7 @@ def test_either_gradient_kernel_serves_any_number_of_tokens(
         monkeypatch.setattr(kernels, "_dx_tile", lambda *_, tile=tile: kernels._Tile(*tile))
         with count_launches() as launches, poisoned():
             found = attention(kernels, t)
-        assert [launch.name for launch in launches] == ["attention_kernel", name]
+        assert [launch.name for launch in launches] == launched(["attention_kernel", name])
         for key, value in found.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=f"{name}: {key}")
 
@@ -262,16 +266,19 @@ def test_one_launch_each_and_the_same_bits_twice(N: int) -> None:
     t = draw(1, N, 2, 32, torch.float16, norm=True, R=2)
     with count_launches() as launches:
         once = [attention(kernels, t), class_attention(kernels, t)]
-    assert [launch.name for launch in launches] == [
-        "attention_kernel",
-        "attention_dx_kernel" if N == 47 else "attention_long_dx_kernel",
-        "class_attention_kernel",
-        "class_attention_dx_kernel",
-    ]
+    assert [launch.name for launch in launches] == launched(
+        [
+            "attention_kernel",
+            "attention_dx_kernel" if N == 47 else "attention_long_dx_kernel",
+            "class_attention_kernel",
+            "class_attention_dx_kernel",
+        ]
+    )
     twice = [attention(kernels, t), class_attention(kernels, t)]
     assert all(torch.equal(a[name], b[name]) for a, b in zip(once, twice, strict=True) for name in a)
 
 
+@pytest.mark.triton
 def test_tiles_are_the_same_for_any_batch_and_precision_may_ask_so() -> None:
     t = draw(1, 33, 2, 32, torch.float32)
     expected, found = attention(kernels, t), attention(kernels, t, "ieee+invariant")

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE, poisoned, within_budget
+from kernels import DEVICE, Kernels, launched, poisoned, within_budget
 from torch import Tensor
 from torch.nn import functional as F
 
 from smi_kernels.launch import count_launches
-from smi_kernels.linear import kernels, reference
+from smi_kernels.linear import reference
+
+kernels = Kernels("linear")
 
 # The interpreter cuts bits off where a GPU rounds to bfloat16: twice the error, and all of it in one direction.
 FACTOR = {torch.bfloat16: 6.0 if DEVICE == "cpu" else 2.0}
@@ -186,14 +188,16 @@ def test_one_launch_each_and_the_same_bits_twice() -> None:
     t = draw(37, 80, 144, torch.float16)
     with count_launches() as launches:
         once = chain(kernels, t)
-    assert [launch.name for launch in launches] == [
-        "norm_linear_kernel",
-        "norm_linear_kernel",
-        "linear_residual_kernel",
-        "linear_gelu_dx_kernel",
-        "norm_linear_dx_kernel",
-        "linear_dx_kernel",
-    ]
+    assert [launch.name for launch in launches] == launched(
+        [
+            "norm_linear_kernel",
+            "norm_linear_kernel",
+            "linear_residual_kernel",
+            "linear_gelu_dx_kernel",
+            "norm_linear_dx_kernel",
+            "linear_dx_kernel",
+        ]
+    )
     twice = chain(kernels, t)
     assert all(torch.equal(once[name], twice[name]) for name in once)
 

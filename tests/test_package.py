@@ -17,7 +17,7 @@ import torch
 
 import smi_kernels
 from smi._version import __version__
-from smi_kernels import backends
+from smi_kernels import backends, native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -187,25 +187,27 @@ def test_every_folder_with_code_is_a_package_and_typed() -> None:
 
 
 def test_backends_say_what_is_live_and_why_not() -> None:
-    reference, triton, cuda = backends.status()
+    reference, triton, cpu, cuda = backends.status()
     assert (reference.name, reference.live) == ("reference", True)
     assert (triton.name, triton.live) == ("triton", True)  # on a GPU, or interpreted
     assert triton.reason.startswith("triton ") and ("interpreted" in triton.reason) is backends.interpreted()
+    assert (cpu.name, cpu.live) == ("cpu", not native.reasons_against())
+    assert not cpu.live or re.match(r"(default|avx2|avx512), compiled by \S", cpu.reason)
     assert (cuda.name, cuda.live) == ("cuda", False)
     assert "no compiled operators" in cuda.reason
-    assert not (ROOT / "csrc").exists()
 
 
 def test_backend_is_chosen_openly() -> None:
     cpu = torch.device("cpu")
-    assert backends.choose(cpu) == "reference"
+    auto = "reference" if native.reasons_against() else "cpu"
+    assert backends.choose(cpu) == auto
     with backends.use_backend("reference"):
         assert backends.choose(torch.device("cuda", 0)) == "reference"
     if backends.interpreted():
         with backends.use_backend("triton"):
             assert backends.choose(cpu) == "triton"
             with backends.use_backend("auto"):
-                assert backends.choose(cpu) == "reference"
+                assert backends.choose(cpu) == auto
             assert backends.choose(cpu) == "triton"
     with pytest.raises(ValueError, match="'cuda' cannot run here: this version has no compiled operators"):
         backends.use_backend("cuda").__enter__()
@@ -237,10 +239,10 @@ import torch
 assert not torch.cuda.is_initialized()
 """
     nowhere = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CXX": "", "CUDA_VISIBLE_DEVICES": ""}
-    _, triton, cuda = fresh(code, **nowhere).splitlines()
+    _, triton, cpu, cuda = fresh(code, **nowhere, SMI_NATIVE_LIBRARIES=str(tmp_path)).splitlines()
     assert "triton is not installed" in triton
+    assert re.match(r"cpu_\w+\.so was not built", cpu) and "no C++ compiler" in cpu
     assert f"no nvcc on PATH or in {tmp_path}" in cuda
-    assert "no C++ compiler" in cuda
     for reason in (triton, cuda):
         assert "no CUDA GPU is visible" in reason or "built without GPU support" in reason
 
@@ -249,8 +251,8 @@ def test_backends_command_prints_a_row_each() -> None:
     command = [sys.executable, "-m", "smi_kernels.backends"]
     plain = {**os.environ, "TRITON_INTERPRET": "0"}
     rows = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [row.split()[0] for row in rows] == ["reference", "triton", "cuda"]
-    assert [" not live " in row for row in rows] == [False, True, True]
+    assert [row.split()[0] for row in rows] == ["reference", "triton", "cpu", "cuda"]
+    assert [" not live " in row for row in rows] == [False, True, bool(native.reasons_against()), True]
 
 
 # --- documents ---

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE, poisoned, within_budget
+from kernels import DEVICE, Kernels, launched, poisoned, within_budget
 from torch import Tensor
 from torch.nn import functional as F
 
 from smi_kernels import augment, map_cells
 from smi_kernels.launch import count_launches
-from smi_kernels.patch_embed import kernels, reference
+from smi_kernels.patch_embed import reference
+
+kernels = Kernels("patch_embed")
 
 JITTERS: dict[str, list[list[int]] | None] = {
     "none": None,
@@ -175,11 +177,13 @@ def test_patch_of_sixteen_one_launch_and_the_same_bits_twice() -> None:
         once = kernels.embed_tokens(*args)
         back = kernels.embed_tokens_dx(once[0], args[3], 2, None)
         pixels = kernels.patches_to_pixels(back, args[1], args[2], 32, 32, 16, 16)
-    assert [launch.name for launch in launches] == [
-        "embed_tokens_kernel",
-        "embed_tokens_dx_kernel",
-        "patches_to_pixels_kernel",
-    ]
+    assert [launch.name for launch in launches] == launched(
+        [
+            "embed_tokens_kernel",
+            "embed_tokens_dx_kernel",
+            "patches_to_pixels_kernel",
+        ]
+    )
     assert torch.equal(pixels, reference.patches_to_pixels(back, args[1], args[2], 32, 32, 16, 16))
     torch.testing.assert_close(once[0], reference.embed_tokens(*args)[0], rtol=1e-4, atol=1e-4)
     again = kernels.embed_tokens(*args)

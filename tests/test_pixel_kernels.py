@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE, error, poisoned, within_budget
+from kernels import DEVICE, Kernels, error, poisoned, within_budget
 from torch import Tensor
 
 import smi_kernels
-from smi_kernels.image_prior import kernels as prior_kernels
 from smi_kernels.image_prior import reference as prior_reference
 from smi_kernels.launch import count_launches, record_launches
 from smi_kernels.patch_embed.reference import fed_cells, slot_table
-from smi_kernels.pixel_update import kernels, reference
+from smi_kernels.pixel_update import reference
 from smi_kernels.pixel_update.traffic import TILE_ROWS, pixel_step_bytes
+
+kernels, prior_kernels = Kernels("pixel_update"), Kernels("image_prior")
 
 ADAM = {"lr": 0.1, "beta1": 0.5, "beta2": 0.99, "eps": 1e-8}
 WEIGHTS = (0.7, 0.4, 0.2)  # of tv1, tv2, l2
@@ -459,6 +460,7 @@ def launch_all(B: int, H: int, W: int, K: int, patch: int, device: str) -> None:
     kernels.adam_clamp_(images, images, *moments, step=1, **ADAM, low=bounds[0], high=bounds[1])
 
 
+@pytest.mark.triton
 def test_each_operation_is_one_launch_without_looking_at_values() -> None:
     with record_launches() as seen:
         launch_all(32, 224, 224, 46, 16, "meta")

@@ -109,13 +109,13 @@ class SparseModel:
             attention pooling's, else the attention each patch receives in the last block.
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says.
-        backend: what `feed` runs on: ``triton`` is fused kernels, ``reference`` timm's own modules; ``auto`` takes
-            kernels on a GPU where they can run this model.
+        backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``reference``
+            timm's own modules; ``auto`` takes what is made for the device where it can run this model.
 
     Attributes:
         info: identity and geometry.
-        backend: ``triton`` or ``reference``.
-        against_kernels: every reason why `backend` is not ``triton``.
+        backend: ``triton``, ``cpu`` or ``reference``.
+        against_kernels: every reason why `backend` is ``reference``.
         vit: the network on fused kernels, or None.
         device, dtype: where it runs, and the dtype of pixels and logits.
         difference: of the logits from timm's own, relative, all patches fed through the sparse path; at most 1e-3
@@ -191,8 +191,7 @@ class SparseModel:
             ranking=self._ranking,
             class_names=labels if len(labels) == expected.shape[-1] else (),
         )
-        self.against_kernels = self._reasons_against_kernels(backend)
-        self.backend = "reference" if self.against_kernels else "triton"
+        self.against_kernels, self.backend = self._choose_backend(backend)
         self.vit: smi_kernels.SparseViT | None = None
         if not self.against_kernels:
             self.vit = smi_kernels.SparseViT.from_timm(model, precision, device=self.device)
@@ -238,7 +237,8 @@ class SparseModel:
     @property
     def where(self) -> str:
         """Device and, unless it is the reference, backend, for people."""
-        return str(self.device) if self.backend == "reference" else f"{self.device}, {self.backend} kernels"
+        kind = {"reference": "", "cpu": ", compiled operators"}.get(self.backend, f", {self.backend} kernels")
+        return f"{self.device}{kind}"
 
     def feed(
         self, images: Tensor, keep: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
@@ -290,29 +290,32 @@ class SparseModel:
         self._twin = self.vit = None
         return self._original
 
-    def _reasons_against_kernels(self, wanted: str) -> list[str]:
-        """Every reason why `feed` does not run on fused kernels. Raises `SmiError` if those were asked for."""
+    def _choose_backend(self, wanted: str) -> tuple[list[str], str]:
+        """Every reason why `feed` does not run on fused kernels, and what it runs on.
+
+        Raises `SmiError` if kernels were asked for that cannot run.
+        """
         if wanted not in ("auto", *smi_kernels.backends.BACKENDS):
             expected = ", ".join(("auto", *smi_kernels.backends.BACKENDS))
             raise SmiError(
                 f"backend is {wanted!r}; expected one of {expected}.{did_you_mean(wanted, expected.split(', '))}"
             )
         if wanted == "reference":
-            return ["the reference was asked for"]
-        name = "triton" if wanted == "auto" else wanted
+            return ["the reference was asked for"], "reference"
+        name = smi_kernels.backends.preferred(self.device) if wanted == "auto" else wanted
         reasons = [
             *smi_kernels.backends.reasons_against(name, self.device),
             *smi_kernels.unsupported_reasons(self._original),
         ]
+        if name == "cpu" and self.precision == "bf16":
+            reasons.append("the compiled operators compute in float32 and float64, not in bf16")
         if self._ranking != "class_attention":
             reasons.append(f"they rank by class attention, not by {self._ranking}")
-        if wanted == "auto" and self.device.type != "cuda" and not reasons:
-            return ["on a CPU they are interpreted, which only tests want"]
         if reasons and wanted != "auto":
             raise SmiError(
                 f"backend {wanted!r} cannot run {self.info.name}: {'; '.join(reasons)}. Use reference or auto."
             )
-        return reasons
+        return reasons, "reference" if reasons else name
 
     def _resolve_ranking(self, wanted: Ranking) -> str:
         has = {
