@@ -20,6 +20,7 @@ from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parent
 _DTYPES = (torch.float32, torch.float64)
+_functions: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def folder() -> Path:
@@ -66,12 +67,16 @@ def call(name: str, dtype: torch.dtype, *args: Any) -> None:
     Raises:
         ValueError: a tensor that is not contiguous, on another device, or floating and of another dtype.
     """
-    _operator(name, dtype)(*(_argument(name, dtype, arg) for arg in args))
+    key = (name, dtype)
+    function = _functions.get(key)
+    if function is None:
+        function = _functions[key] = _operator(name, dtype, args)
+    function(*[_value(name, dtype, arg) for arg in args])
 
 
 def call_untyped(name: str, *args: Any) -> None:
     """As `call`, for a function that takes integers alone."""
-    getattr(_library(), f"smi_{name}")(*(_argument(name, torch.int64, arg) for arg in args))
+    getattr(_library(), f"smi_{name}")(*(_type(arg)(_value(name, torch.int64, arg)) for arg in args))
 
 
 class Rows:
@@ -121,38 +126,39 @@ def expect_offsets(offsets: Tensor | None, images: int) -> None:
         )
 
 
-def _argument(name: str, dtype: torch.dtype, value: Any) -> Any:
+def _value(name: str, dtype: torch.dtype, value: Any) -> Any:
+    """What ctypes takes for an argument of `call`."""
     if isinstance(value, Tensor):
         if not value.is_contiguous():
             raise ValueError(f"{name} was given a tensor of strides {value.stride()}; expected a contiguous one.")
-        return _address(name, dtype, value)
-    if isinstance(value, Rows):
-        return _address(name, dtype, value.tensor)
-    if isinstance(value, bool):
-        return ctypes.c_bool(value)
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, float):
-        return ctypes.c_double(value)
-    if isinstance(value, tuple):
-        return (ctypes.c_int64 * len(value))(*value)
-    return ctypes.c_void_p(None)
-
-
-def _address(name: str, dtype: torch.dtype, value: Tensor) -> ctypes.c_void_p:
-    if value.device.type != "cpu":
+    elif isinstance(value, Rows):
+        value = value.tensor
+    elif isinstance(value, tuple):
+        return ctypes.addressof(_structure(value))
+    else:
+        return value
+    if not value.is_cpu:
         raise ValueError(f"{name} was given a tensor on {value.device}; expected one on the CPU.")
-    if value.is_floating_point() and value.dtype != dtype:
+    if value.dtype != dtype and value.is_floating_point():
         raise ValueError(f"{name} was given a tensor of {value.dtype}; expected {dtype}.")
-    return ctypes.c_void_p(value.data_ptr())
+    return value.data_ptr()
 
 
 @functools.cache
-def _operator(name: str, dtype: torch.dtype) -> Any:
+def _structure(numbers: tuple[int, ...]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _type(value: Any) -> Any:
+    return {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}.get(type(value), ctypes.c_void_p)
+
+
+def _operator(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Any:
+    """The function, which takes arguments of the types of `args`."""
     address = _library().smi_operator(name.encode(), ctypes.c_int32(dtype.itemsize))
     if not address:
         raise ValueError(f"there is no compiled operator {name!r}.")
-    return ctypes.CFUNCTYPE(None)(address)
+    return ctypes.CFUNCTYPE(None, *map(_type, args))(address)
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "matmul.h"
 #include "parallel.h"
@@ -29,19 +30,21 @@ void pack_transposed(const T* from, int64_t row, int64_t n, int64_t d, T* to, in
   }
 }
 
-// Softmax over the first `n` of each row, in place; zeros behind them up to `width`.
+// Softmax over the first `n` of each row, in place; zeros behind them up to `width`, which is whole vectors.
 template <typename T>
 void softmax(T* scores, int64_t rows, int64_t n, int64_t width) {
   for (int64_t i = 0; i < rows; ++i) {
     T* row = scores + i * width;
+    std::fill(row + n, row + width, -std::numeric_limits<T>::infinity());  // so that no loop has a remainder
     T top = row[0];
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) top = row[j] > top ? row[j] : top;
+    for (int64_t j = 0; j < width; ++j) top = row[j] > top ? row[j] : top;
     double sum = 0;
-    for (int64_t block = 0; block < n; block += 256) {  // long rows lose no digits
+    for (int64_t block = 0; block < width; block += 256) {  // long rows lose no digits
+      const int64_t end = std::min(width, block + 256);
       T part = 0;
 #pragma omp simd reduction(+ : part)
-      for (int64_t j = block; j < std::min(n, block + 256); ++j) {
+      for (int64_t j = block; j < end; ++j) {
         row[j] = exponential(row[j] - top);
         part += row[j];
       }
@@ -49,8 +52,7 @@ void softmax(T* scores, int64_t rows, int64_t n, int64_t width) {
     }
     const T share = static_cast<T>(1 / sum);
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) row[j] *= share;
-    std::fill(row + n, row + width, T{0});
+    for (int64_t j = 0; j < width; ++j) row[j] *= share;
   }
 }
 
@@ -227,7 +229,7 @@ void attention_row(const T* query, int64_t q_image, int64_t q_head, const T* key
           for (int64_t j = 0; j < d; ++j) sum += q[j] * k[j];
           scores[i] = sum * static_cast<T>(scale);
         }
-        softmax(scores, 1, tokens, tokens);
+        softmax(scores, 1, tokens, padded<T>(tokens));
         for (int64_t i = 0; i < tokens; ++i) mean[i] += scores[i];
       }
       for (int64_t i = 0; i < tokens; ++i) mean[i] /= static_cast<T>(heads);
