@@ -55,15 +55,7 @@ class _Network(torch.autograd.Function):
         vit: SparseViT = ctx.vit
         keep, offsets, *tensors = ctx.saved_tensors
         trace = Trace.of(tensors, len(vit.weights.heads_of_tokens), len(vit.weights.blocks), ctx.tokens)
-        scale = None
-        if vit.weights.low == torch.float16:
-            # Images never meet in the network, so each gradient can start near 1, where float16 is widest, and is put
-            # back in the end; a power of two changes no digit.
-            _, exponent = torch.frexp(d_logits.abs().amax(1))
-            scale = torch.ldexp(torch.ones_like(d_logits[:, 0]), exponent)
-            d_logits = d_logits / scale[:, None]
-        low = d_logits.to(vit.weights.low).contiguous()
-        d_patches = vit.backward(trace, low, vit.head_sums(trace.parts, low), scale)
+        d_patches = vit.backward_of(trace, d_logits)
         _, _, height, width = ctx.shape
         d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, height, width, *vit.weights.patch_size)
         return d_images, None, None, None, None

@@ -1,18 +1,45 @@
 """Whole iterations of gradient descent on pixels, with every kernel of an iteration in one CUDA graph.
 
 An iteration is: augment, feed the kept patches, cross-entropy, gradient of the patches' pixels, image priors, Adam,
-clamp. Nothing in it is decided by the host: step counter, augmentations and losses live on the device.
+clamp. Nothing in it is decided by the host: step counter, augmentations and losses live on the device. A loss of the
+caller's is captured with the rest, or, if it cannot be, runs between a graph that feeds and a graph that moves.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
-from smi_kernels.graphs import Graph
+from smi_kernels.graphs import Graph, NoWaiting
 from smi_kernels.patch_embed.reference import slot_table
-from smi_kernels.vit import SparseViT
+from smi_kernels.vit import SparseViT, Trace
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Fed(NamedTuple):
+    """What the first half of an iteration leaves to the second."""
+
+    offsets: Tensor
+    bias_correction: Tensor
+    coefficients: Tensor
+    trace: Trace
+    logits: Tensor
+
+
+class _Halves(NamedTuple):
+    """Two graphs of one iteration, and the tensors between them."""
+
+    feed: Graph
+    move: Graph
+    fed: list[_Fed]
+    d_logits: Tensor
+    d_images: Tensor
 
 
 class PixelDescent:
@@ -20,6 +47,11 @@ class PixelDescent:
 
     The loss of each group of `group` consecutive images is the mean of their weighted cross-entropies plus the weighted
     priors, whose norms run over the group. Groups do not meet, so several reference batches run in one launch.
+
+    `loss(images, logits, offsets, step)` is a further term, differentiable in images (B, C, H, W), un-augmented, and
+    logits (B, classes) of the fed patches; `offsets` (B, 3) or (1, 3) int64 is this iteration's row of the table, and
+    `step` (1,) int64 the iterations done, on the device. It gives a scalar, which is added to the sum over groups. In a
+    graph its Python code is not run again: what it reads on the host stays as it was at the capture.
 
     Args:
         vit: the network.
@@ -31,8 +63,11 @@ class PixelDescent:
         learning_rate, beta1, beta2, eps: Adam without weight decay.
         group: images a group, 1 to B; the last group may be short.
         frozen: whether patches that were pruned stay bit for bit what they are; else priors and Adam go on moving them.
-        micro_batch: feed at most so many images at once, which lowers the peak of memory and changes nothing else.
+        micro_batch: feed at most so many images at once, which lowers the peak of memory and changes nothing else; not
+            with a `loss`, in which images may meet.
         unroll: iterations in one graph; on a CPU there are no graphs.
+        loss: further term, or None.
+        around_loss: why `loss` must not be captured; empty if that may be tried.
 
     Attributes:
         iteration: iterations done.
@@ -41,6 +76,7 @@ class PixelDescent:
         keep: (B, K) int64, or None while no patch was pruned.
         cross_entropies: (T, B), of every iteration done.
         priors: (T, G, 3), unweighted tv1, tv2 and l2 of each group before every iteration done.
+        around_loss: why graphs, where there are any, go around `loss`; empty as long as nothing speaks against capture.
     """
 
     def __init__(
@@ -64,12 +100,16 @@ class PixelDescent:
         frozen: bool = True,
         micro_batch: int | None = None,
         unroll: int = 8,
+        loss: Loss | None = None,
+        around_loss: str = "",
     ) -> None:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
         if images.dtype != vit.weights.wide:
             raise ValueError(f"images are {images.dtype}; expected {vit.weights.wide}, which the network sums in.")
+        if loss is not None and micro_batch is not None and micro_batch < B:
+            raise ValueError(f"micro_batch is {micro_batch}; expected None or {B}, because images may meet in a loss.")
         self.vit = vit
         self.iteration = 0
         self.images = images.detach().clone(memory_format=torch.contiguous_format)
@@ -90,14 +130,19 @@ class PixelDescent:
         lift = 256.0 if vit.weights.low == torch.float16 else 1.0
         self._lift = images.new_full((B,), lift) if lift != 1 else None
         self._scale = (cross_entropy / lift / members.double()).repeat_interleave(members).to(images)
+        self._share = (cross_entropy / members.double()).repeat_interleave(members).to(images)
+        self._loss, self.around_loss = loss, around_loss if loss is not None else ""
         self._step = torch.zeros(1, dtype=torch.int64, device=images.device)
         self._sums = torch.ops.smi.prior_sums(self.images)
         self._colsum = torch.stack([head.colsum for head in vit.weights.heads_of_tokens])
         self._bias = torch.stack([head.bias for head in vit.weights.heads_of_tokens])
         self._ran = 0  # iterations since the last change of shapes
-        self._graph: Graph | None = None
+        self._graphs = self.images.is_cuda
+        self._whole: Graph | None = None
+        self._halves: _Halves | None = None
         self._captured = vit.weights
 
+    @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
         """So many iterations; the host does not wait for them."""
         if not 0 <= iterations <= self._table.shape[0] - self.iteration:
@@ -106,16 +151,19 @@ class PixelDescent:
                 f"is left of the table's {self._table.shape[0]}."
             )
         if self._captured is not self.vit.weights:  # a graph knows addresses, and these are gone
-            self._graph, self._captured = None, self.vit.weights
+            self._forget()
+            self._captured = self.vit.weights
         while iterations:
-            if self.images.is_cuda and self._graph is None and self._ran and iterations >= self._unroll:
-                self._graph = Graph(lambda: self._iterate(self._unroll), self.images.device)
-            if self._graph is not None and iterations >= self._unroll:
-                self._graph.replay()
+            done = 1
+            if self._graphs and self._ran:
+                self._capture(iterations)
+            if self._whole is not None and iterations >= self._unroll:
+                self._whole.replay()
                 done = self._unroll
+            elif self._halves is not None:
+                self._replay(self._halves)
             else:
                 self._iterate(1)
-                done = 1
             self._ran += done
             self.iteration += done
             iterations -= done
@@ -134,43 +182,123 @@ class PixelDescent:
         """Go on with the patches `keep` (B, K) int64 alone."""
         self.keep = keep.contiguous()
         self._slots = slot_table(self.keep, self.vit.weights.position.shape[0])
-        self._graph, self._ran = None, 0
+        self._forget()
 
-    @torch.no_grad()
+    def _forget(self) -> None:
+        """Graphs of other shapes or addresses; the first iteration after this compiles what the next ones capture."""
+        self._whole = self._halves = None
+        self._ran = 0
+
+    def _capture(self, iterations: int) -> None:
+        """Graphs of what has run in these shapes, if there are none and `iterations` are worth one."""
+        device = self.images.device
+        if not self.around_loss and self._whole is None and iterations >= self._unroll:
+            try:
+                self._whole = Graph(self._unrolled, device)
+            except Exception as error:
+                if self._loss is None:
+                    raise
+                self.around_loss = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+                warnings.warn(
+                    f"the loss cannot be captured, so it runs between two CUDA graphs ({self.around_loss}). To have "
+                    f"whole iterations in one graph, compute it from its tensors, on their device, without .item(), "
+                    f"masks as indices, or numbers of the host that change.",
+                    stacklevel=4,
+                )
+        # At once, for a capture that succeeds also clears what a spoilt one leaves behind in PyTorch's generators.
+        if self.around_loss and self._halves is None:
+            fed: list[_Fed] = []
+            d_logits = self._bias.new_zeros(self.images.shape[0], self._bias.shape[1])
+            d_images = torch.zeros_like(self.images)
+
+            def feed() -> None:
+                fed[:] = [self._feed(self.images, self._sums)]
+
+            def move() -> None:
+                self._store(*self._move(self.images, fed[0], d_logits, d_images))
+
+            self._halves = _Halves(Graph(feed, device), Graph(move, device), fed, d_logits, d_images)
+
+    def _unrolled(self) -> None:
+        with NoWaiting():
+            self._iterate(self._unroll)
+
+    def _replay(self, halves: _Halves) -> None:
+        """One iteration, with the loss between two graphs."""
+        halves.feed.replay()
+        gradients = self._judge(self.images, halves.fed[0].logits, halves.fed[0].offsets)
+        for static, gradient in zip((halves.d_logits, halves.d_images), gradients, strict=True):
+            static.zero_() if gradient is None else static.copy_(gradient)
+        halves.move.replay()
+
     def _iterate(self, iterations: int) -> None:
         images, sums = self.images, self._sums
         for _ in range(iterations):
             images, sums = self._once(images, sums)
+        self._store(images, sums)
+
+    def _store(self, images: Tensor, sums: Tensor) -> None:
         self.images.copy_(images)
         self._sums.copy_(sums)
 
     def _once(self, images: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        ops, (H, W) = torch.ops.smi, images.shape[2:]
-        lr, beta1, beta2, eps = self._adam
-        offsets, bias_correction, coefficients = ops.begin_step(
-            self._step, self._table, sums, *self._weights, self._group, H, W, beta1, beta2, self.priors
+        if self._loss is None:
+            offsets, *begun = self._begin(sums)
+            return self._step_pixels(images, self._d_patches(images, offsets), None, offsets, *begun)
+        fed = self._feed(images, sums)
+        return self._move(images, fed, *self._judge(images, fed.logits, fed.offsets))
+
+    def _feed(self, images: Tensor, sums: Tensor) -> _Fed:
+        """The first half of an iteration, up to the logits."""
+        offsets, bias_correction, coefficients = self._begin(sums)
+        trace = self.vit.run(images, self.keep, offsets)
+        return _Fed(offsets, bias_correction, coefficients, trace, trace.parts.sum(0))
+
+    def _judge(self, images: Tensor, logits: Tensor, offsets: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the loss with respect to logits and images; None where it does not depend on them."""
+        assert self._loss is not None
+        with torch.enable_grad():
+            images, logits = images.detach().requires_grad_(), logits.detach().requires_grad_()
+            value = self._loss(images, logits, offsets, self._step)
+            if not value.requires_grad:
+                return None, None
+            d_logits, d_images = torch.autograd.grad(value, (logits, images), allow_unused=True)
+        return d_logits, d_images
+
+    def _move(
+        self, images: Tensor, fed: _Fed, d_logits: Tensor | None, d_images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The second half of an iteration: cross-entropy, the network's backward, the pixel step."""
+        _, gradient, _ = torch.ops.smi.cross_entropy_head(
+            fed.trace.parts, self._targets, self._colsum, self._bias, self._share, images.dtype, self.cross_entropies,
+            self._step,
+        )  # fmt: skip
+        d_patches = self.vit.backward_of(fed.trace, gradient if d_logits is None else gradient + d_logits)
+        return self._step_pixels(images, d_patches, d_images, fed.offsets, fed.bias_correction, fed.coefficients)
+
+    def _begin(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets, bias corrections and coefficients of the priors for this iteration."""
+        H, W = self.images.shape[2:]
+        begun: tuple[Tensor, Tensor, Tensor] = torch.ops.smi.begin_step(
+            self._step, self._table, sums, *self._weights, self._group, H, W, *self._adam[1:3], self.priors
         )
-        images_new, rows = ops.pixel_step(
-            images,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self._d_patches(images, offsets),
-            None,
-            self._slots,
-            offsets,
-            coefficients,
-            self._group,
-            bias_correction,
-            lr,
-            beta1,
-            beta2,
-            eps,
-            self._low,
-            self._high,
-            self._frozen,
-            *self.vit.weights.patch_size,
-        )
-        return images_new, ops.finish_prior_sums(images_new, rows, self._step)
+        return begun
+
+    def _step_pixels(
+        self,
+        images: Tensor,
+        d_patches: Tensor,
+        d_images: Tensor | None,
+        offsets: Tensor,
+        bias_correction: Tensor,
+        coefficients: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """New images and the sums of their priors; the iteration then counts as done on the device."""
+        images_new, rows = torch.ops.smi.pixel_step(
+            images, self.exp_avg, self.exp_avg_sq, d_patches, d_images, self._slots, offsets, coefficients, self._group,
+            bias_correction, *self._adam, self._low, self._high, self._frozen, *self.vit.weights.patch_size,
+        )  # fmt: skip
+        return images_new, torch.ops.smi.finish_prior_sums(images_new, rows, self._step)
 
     def _d_patches(self, images: Tensor, offsets: Tensor) -> Tensor:
         """(B, K, C * height * width), and the cross-entropies to their place in the history."""

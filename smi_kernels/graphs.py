@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Graph:
@@ -12,17 +15,68 @@ class Graph:
 
     `body` runs on fixed tensors: what it reads and writes in place keeps its address, what it allocates lives in the
     graph's own pool. It must have run before, so that every kernel is compiled, and must not wait for the device.
+
+    Raises:
+        Exception: whatever `body` raised; nothing was executed then, and the next capture may succeed.
     """
 
     def __init__(self, body: Callable[[], None], device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
+        reason: Exception | None = None
+        # The outer stream context is for versions of PyTorch whose failed captures leave their own stream current.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             torch.cuda.synchronize()
             # A stream of this device: the default one belongs to whichever device captured first. Other threads, such
             # as those that pin memory for a data loader, may go on calling CUDA.
             stream = torch.cuda.Stream(device)
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                body()
+            try:
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    try:
+                        body()
+                    except Exception as error:
+                        reason = error
+                        raise
+            except Exception:
+                if reason is not None:  # the end of a spoilt capture fails too, and says less
+                    raise reason from None
+                raise
+            finally:
+                del reason  # with its traceback it holds this frame, and the frame's tensors
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Within this context an operation for whose result the host would have to wait raises before it starts.
+
+    It would raise in a capture too, but spoil that for good, and say less. Indexing by masks in place, and copies that
+    PyTorch makes on its own, are not seen here.
+
+    Raises:
+        RuntimeError: such an operation, by its name.
+    """
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # else torch.compile would leave compiled functions uncompiled in here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _waits(func, args, kwargs):
+            raise RuntimeError(f"{func} needs the host to wait for the device")
+        return func(*args, **kwargs)
+
+
+def _waits(func: Any, args: Any, kwargs: Any) -> bool:
+    aten = torch.ops.aten
+    if func is aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    if func is aten._to_copy.default:
+        device = kwargs.get("device")
+        return device is not None and torch.device(device).type != args[0].device.type
+    if func is aten.copy_.default:
+        return isinstance(args[1], Tensor) and args[1].device.type != args[0].device.type
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

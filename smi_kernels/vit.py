@@ -239,6 +239,18 @@ class SparseViT(nn.Module):
         patches: Tensor = ops.embed_tokens_dx(dx_low.view(B, N, D), w.patch_weight, w.prefix.shape[0], scale, self._dot)
         return patches
 
+    def backward_of(self, trace: Trace, d_logits: Tensor) -> Tensor:
+        """`backward` from a gradient of the logits as any loss gives it: (B, classes) in the wide dtype."""
+        scale = None
+        if self.weights.low == torch.float16:
+            # Images never meet in the network, so each gradient can start near 1, where float16 is widest, and is put
+            # back in the end; a power of two changes no digit.
+            _, exponent = torch.frexp(d_logits.abs().amax(1))
+            scale = torch.ldexp(torch.ones_like(d_logits[:, 0]), exponent)
+            d_logits = d_logits / scale[:, None]
+        low = d_logits.to(self.weights.low).contiguous()
+        return self.backward(trace, low, self.head_sums(trace.parts, low), scale)
+
     def head_sums(self, parts: Tensor, d_logits: Tensor) -> Tensor:
         """The `dstats` that `backward` wants: (R, B, parts, 2).
 
