@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -21,7 +22,7 @@ from smi.augment import NOISE, draw_offsets, normal_images
 from smi.config import Config
 from smi.errors import SmiError
 from smi.flops import count_flops
-from smi.objectives import BUILT_IN, Context, Objective, Objectives
+from smi.objectives import BUILT_IN, Context, Objective, Objectives, OwnTerms
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
 
@@ -48,7 +49,8 @@ class Inversion:
         keep: (B, K) int64, surviving patches in grid order.
         offsets: (T, B or 1, 3) int64, the augmentation of every iteration: rows of (dy, dx, flip).
         schedule: pruning iteration -> patches kept from it on.
-        fused: whether whole iterations run on fused kernels; with objectives of your own the network alone does.
+        fused: whether whole iterations run on fused kernels, objectives of your own among them; False if one of those
+            asks for features, which only the model's own modules have.
 
     Raises:
         SmiError: targets out of range, a schedule that leaves no patch, an unsupported model, ...
@@ -91,14 +93,6 @@ class Inversion:
         self.offsets = offsets.to(model.device)
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
         self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
-        self._descent: smi_kernels.PixelDescent | None = None
-        self.fused = model.vit is not None and not objectives and model.vit.weights.wide == model.dtype
-        if self.fused:
-            self._descent = self._start_descent()
-            self.images = self._descent.images  # the very tensor that moves
-        else:
-            self._exp_avg, self._exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
-
         T, N = self.config.iterations, info.num_patches
         self.iteration = 0
         self.keep = torch.arange(N, device=model.device).repeat(B, 1)
@@ -107,6 +101,15 @@ class Inversion:
         self._scores: Tensor | None = None
         names = [term.name for term in self.objectives.terms] + ["total"]
         self._history = {name: torch.full((T,), torch.nan, device=model.device) for name in names}
+        self._own: OwnTerms | None = None
+        self._descent: smi_kernels.PixelDescent | None = None
+        watches = bool(self.objectives.features)
+        self.fused = model.vit is not None and not watches and model.vit.weights.wide == model.dtype
+        if self.fused:
+            self._descent = self._start_descent()
+            self.images = self._descent.images  # the very tensor that moves
+        else:
+            self._exp_avg, self._exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self._snapshots: list[tuple[int, Tensor]] = []
         self._phases: list[Phase] = []
         self._phase_start = (0, 0.0)
@@ -133,12 +136,15 @@ class Inversion:
         began = time.perf_counter()  # after the records of the last phase, which take their own time
         if self._descent is None:
             self._iterate(t)
+            self.iteration += 1
         else:
             with smi_kernels.use_backend(self.model.backend):
                 if self.strategy.wants_scores(t):
                     _, self._scores = self._descent.rank(self.keep.shape[1])
-                self._descent.advance(iterations)
-        self.iteration += iterations
+                try:
+                    self._descent.advance(iterations)
+                finally:  # a loss may fail halfway
+                    self.iteration = self._descent.iteration
         past_prunings = self.iteration > max(self.schedule, default=0)
         if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
             self._converged = self._stalled()
@@ -228,6 +234,7 @@ class Inversion:
             return self._history
         found = {"cross_entropy": self._descent.cross_entropies.mean(1)}
         found.update(zip(("tv1", "tv2", "l2"), self._descent.priors.mean(1).unbind(1), strict=True))
+        found.update((term.name, self._history[term.name]) for term in self.objectives.extra)
         curves = {term.name: found[term.name] for term in self.objectives.terms}
         curves["total"] = torch.stack([term.weight * curves[term.name] for term in self.objectives.terms]).sum(0)
         return curves
@@ -235,8 +242,10 @@ class Inversion:
     def _start_descent(self) -> smi_kernels.PixelDescent:
         config = self.config
         assert self.model.vit is not None
+        if self.objectives.extra:
+            self._own = OwnTerms(self.objectives, self.targets, self.keep, self.strategy.still, self._history)
         with smi_kernels.use_backend(self.model.backend):
-            return smi_kernels.PixelDescent(
+            descent = smi_kernels.PixelDescent(
                 self.model.vit,
                 self.images,
                 self.targets,
@@ -253,7 +262,13 @@ class Inversion:
                 eps=config.eps,
                 group=1 if config.norm == "image" else len(self.targets),
                 frozen=config.stopped == "frozen",
+                loss=self._own,
+                around_loss=self._own.around_loss if self._own is not None else "",
             )
+        if self._own is not None:
+            proxy = weakref.proxy(descent)  # a cycle would keep the memory of a whole batch until it is found
+            self._own.iteration = lambda: proxy.iteration
+        return descent
 
     def _forward(self, offsets: Tensor | None, scores: bool = False) -> tuple[Context, Tensor | None]:
         """Feed the surviving patches of the images under one augmentation."""
@@ -279,6 +294,8 @@ class Inversion:
         self.keep = self.strategy.select(t, self.keep, self._scores)
         live = self._alive()
         self._dropped_at = torch.where(before & ~live, t, self._dropped_at)
+        if self._own is not None:
+            self._own.keep = self.keep
         if self._descent is not None:
             self._descent.prune(self.keep)
         elif self.config.stopped == "frozen":

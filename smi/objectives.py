@@ -6,7 +6,7 @@ A term sees the same things whatever the strategy, so a loss written for dense i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,12 +24,14 @@ class Context:
     """One iteration as a loss sees it.
 
     Attributes:
-        step: iteration t, from 0.
+        step: iteration t, from 0. Reading it while a CUDA graph is captured raises RuntimeError, because the graph
+            would repeat that number for ever; an inversion then runs the loss outside of graphs.
         images: (B, C, H, W) the pixels being optimised, un-augmented; differentiable.
         logits: (B, classes) of the fed patches; differentiable.
         targets: (B,) int64 classes, or (B, classes) probabilities.
         keep: (B, K) int64 surviving patches, un-augmented positions.
-        offsets: (B, 3) or (1, 3) int64 rows of (dy, dx, flip), or None when this iteration is not augmented.
+        offsets: (B, 3) or (1, 3) int64 rows of (dy, dx, flip), or None when this iteration is not augmented; in a CUDA
+            graph rows of zeros mean the same.
         features: outputs of the submodules the objective asked for by name; tokens are prefix, then fed patches.
         per_image: whether norms are taken image by image (strict semantics) or over the batch.
     """
@@ -49,6 +51,25 @@ class Context:
         return self.images if self.offsets is None else smi_kernels.augment(self.images, self.offsets)
 
 
+def _get_step(context: Context) -> int:
+    if capturing():
+        raise RuntimeError("the loss reads context.step, a number that a CUDA graph would repeat for ever")
+    step: int = context.__dict__["step"]
+    return step
+
+
+def _set_step(context: Context, step: int) -> None:
+    context.__dict__["step"] = step
+
+
+Context.step = property(_get_step, _set_step)  # type: ignore[assignment]  # after dataclass has seen a plain field
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Objective:
     """A weighted term of the loss.
@@ -58,12 +79,16 @@ class Objective:
         weight: factor, finite.
         name: key in histories; default the function's own name.
         features: submodules of the model (``blocks.3``) whose outputs `function` reads from ``context.features``.
+        capturable: whether it may be captured in a CUDA graph, which repeats its work on the device and does not run
+            its Python code again; False for a function of anything else on the host that changes from call to call.
+            What waits for the device, or reads ``context.step``, is found out and runs outside of graphs, with a note.
     """
 
     function: Callable[[Context], Tensor]
     weight: float = 1.0
     name: str = ""
     features: tuple[str, ...] = ()
+    capturable: bool = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -106,7 +131,8 @@ class Objectives:
     def __init__(self, config: Config, extra: Sequence[Objective | Callable[[Context], Tensor]] = ()) -> None:
         weights = {name: getattr(config, name) for name in BUILT_IN}
         self.terms = [Objective(BUILT_IN[name], weight, name) for name, weight in weights.items() if weight]
-        self.terms += [term if isinstance(term, Objective) else Objective(term) for term in extra]
+        self.extra = [term if isinstance(term, Objective) else Objective(term) for term in extra]
+        self.terms += self.extra
         self.per_image = config.norm == "image"
         names = [term.name for term in self.terms]
         for name in names:
@@ -122,15 +148,20 @@ class Objectives:
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and the detached mean over images of each unweighted term and of ``total``."""
+        total, means = self.add_up(self.terms, context)
+        means["total"] = total.detach() / len(context.images) if self.per_image else total.detach()
+        return total, means
+
+    def add_up(self, terms: Sequence[Objective], context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the scalar that `terms` contribute, and the detached mean over images of each, unweighted."""
         B = context.images.shape[0]
         total = context.images.new_zeros(())
         means: dict[str, Tensor] = {}
-        for term in self.terms:
+        for term in terms:
             value = self._evaluate(term, context)
             # A sum, not B times the mean: its gradient is the weight to the last bit, however many images there are.
             total = total + term.weight * (value.expand(B).sum() if self.per_image else value.mean())
             means[term.name] = value.detach().mean()
-        means["total"] = total.detach() / B if self.per_image else total.detach()
         return total, means
 
     def each(self, context: Context) -> Tensor:
@@ -148,3 +179,39 @@ class Objectives:
                 f"{context.images.shape[0]} images."
             )
         return value
+
+
+class OwnTerms:
+    """The user's terms as the loss of a `smi_kernels.PixelDescent`; their means go to `history` on the device.
+
+    Attributes:
+        keep: (B, K) int64, surviving patches; set a new one at every pruning.
+        iteration: gives the iterations done.
+        around_loss: why they must not be captured; empty if that may be tried.
+    """
+
+    def __init__(
+        self, objectives: Objectives, targets: Tensor, keep: Tensor, still: Container[int], history: dict[str, Tensor]
+    ) -> None:
+        self.keep = keep
+        self.iteration: Callable[[], int] = lambda: 0
+        refusing = [term.name for term in objectives.extra if not term.capturable]
+        self.around_loss = f"objective {refusing[0]!r} is not capturable" if refusing else ""
+        self._objectives, self._targets, self._still, self._history = objectives, targets, still, history
+
+    def __call__(self, images: Tensor, logits: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
+        t = self.iteration()
+        context = Context(
+            step=t,
+            images=images,
+            logits=logits,
+            targets=self._targets,
+            keep=self.keep,
+            offsets=None if t in self._still and not capturing() else offsets,
+            per_image=self._objectives.per_image,
+        )
+        total, means = self._objectives.add_up(self._objectives.extra, context)
+        for name, mean in means.items():
+            history = self._history[name]
+            history.index_copy_(0, step, mean.to(history.dtype).view(1))
+        return total
