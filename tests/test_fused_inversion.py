@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from kernels import DEVICE
+from rehearsal import Rehearsal
 from small import PRUNED, SEMANTICS, UNPRUNED, tiny
+from torch import Tensor
 
 import smi
 from smi import Config, Inversion, SmiError, SparseModel
@@ -26,11 +31,14 @@ def fused(model: Any, backend: str, **options: Any) -> SparseModel:
     return sparse
 
 
-def both(backend: str, config: Config, targets: Any = (0, 3, 1), **options: Any) -> tuple[Any, Any]:
+def both(
+    backend: str, config: Config, targets: Any = (0, 3, 1), objectives: Any = ((), ()), **options: Any
+) -> tuple[Any, Any]:
     model = tiny(**options).double().to(DEVICE)
     made = []
-    for network in (fused(model, backend), SparseModel(model, backend="reference")):
-        inversion = Inversion(network, targets, config)
+    networks = fused(model, backend), SparseModel(model, backend="reference")
+    for network, terms in zip(networks, objectives, strict=True):
+        inversion = Inversion(network, targets, config, objectives=terms)
         assert inversion.fused is (not made)
         made.append(inversion.run())
     return made[0], made[1]
@@ -54,7 +62,10 @@ def test_fused_iterations_are_those_of_the_ordinary_loop(backend: str, changes: 
     if DEVICE == "cpu" and backend == "triton" and "semantics" not in changes:
         pytest.skip("two ways through the interpreter are enough; on a GPU all are run")
     config = Config(**{**(SHORT if backend == "triton" else PRUNED), "learning_rate": 0.05, "eps": 1e-4, **changes})
-    found, expected = both(backend, config)
+    compare(*both(backend, config))
+
+
+def compare(found: Any, expected: Any) -> None:
     assert torch.equal(found.keep, expected.keep) and torch.equal(found.dropped_at, expected.dropped_at)
     torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
@@ -103,20 +114,160 @@ def test_frozen_patches_keep_every_bit() -> None:
         before = patches.clone()
 
 
-def test_terms_of_ones_own_run_through_the_autograd_layer() -> None:
+# --- objectives of the user's ---
+
+
+def entropy(context: smi.Context) -> Tensor:
+    return -(context.logits.softmax(1) * context.logits.log_softmax(1)).sum(1)
+
+
+def darkness(context: smi.Context) -> Tensor:
+    return (context.images + 1).square().mean()
+
+
+def annealed(context: smi.Context) -> Tensor:
+    return context.logits.square().mean() / (1 + context.step)
+
+
+class Seen:
+    """Weighs what the network saw by place, and notes which iterations had no augmentation."""
+
+    def __init__(self) -> None:
+        self.still: list[int] = []
+
+    def __call__(self, context: smi.Context) -> Tensor:
+        assert (context.keep.shape[0] == len(context.images) and torch.is_grad_enabled()) or context.offsets is None
+        if context.offsets is None and torch.is_grad_enabled():
+            self.still.append(context.step)
+        ramp = torch.linspace(-1, 1, 16, dtype=context.images.dtype, device=context.images.device)
+        return (context.augmented * ramp).square().flatten(1).mean(1)
+
+
+def own() -> list[Any]:
+    return [
+        smi.Objective(entropy, weight=0.2),
+        smi.Objective(darkness, weight=0.5, name="dark"),
+        annealed,
+        smi.Objective(Seen(), weight=2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"semantics": "strict", "tv1": 1e-2},
+        {"semantics": "official", "l2": 1e-3},
+        {"strategy": "dense", **UNPRUNED, "best": True, "best_every": 2},
+        {"tolerance": 0.9, "patience": 2},
+        {"cross_entropy": 0.0, "tv2": 0.0},
+    ],
+    ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_objectives_of_ones_own_are_those_of_the_ordinary_loop(backend: str, changes: dict[str, Any]) -> None:
+    if DEVICE == "cpu" and backend == "triton" and "tv1" not in changes:
+        pytest.skip("one way through the interpreter is enough; on a GPU all are run")
+    config = Config(**{**(SHORT if backend == "triton" else PRUNED), "learning_rate": 0.05, "eps": 1e-4, **changes})
+    terms = own(), own()
+    found, expected = both(backend, config, objectives=terms, depth=1)
+    compare(found, expected)
+    assert {"entropy", "dark", "annealed", "Seen"} < found.history.keys()
+    assert terms[0][3].function.still == terms[1][3].function.still
+    assert terms[0][3].function.still == [] if changes.get("strategy") == "dense" else terms[0][3].function.still
+    plain, _ = both("reference", config, depth=1) if config.cross_entropy else (None, None)
+    assert plain is None or not torch.allclose(found.images, plain.images, atol=1e-3)
+
+
+def test_features_are_of_the_models_own_modules() -> None:
     model = tiny(depth=1).double().to(DEVICE)
-    config = Config(**SHORT, learning_rate=0.05, eps=1e-4)
 
-    def entropy(context: smi.Context) -> torch.Tensor:
-        return -(context.logits.softmax(1) * context.logits.log_softmax(1)).sum(1)
+    def calm(context: smi.Context) -> Tensor:
+        return context.features["blocks.0"].square().mean((1, 2))
 
-    results = []
+    config, results = Config(**SHORT, learning_rate=0.05, eps=1e-4), []
     for network in (fused(model, "triton"), SparseModel(model, backend="reference")):
-        inversion = Inversion(network, [0, 1], config, objectives=[entropy])
+        inversion = Inversion(network, [0, 1], config, objectives=[smi.Objective(calm, features=("blocks.0",))])
         assert not inversion.fused
         results.append(inversion.run())
-    assert torch.equal(results[0].keep, results[1].keep)
     torch.testing.assert_close(results[0].images, results[1].images, rtol=0, atol=1e-6)
+
+
+def in_graphs(inversion: Inversion, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As if it ran on a GPU: the descent of the inversion with stand-ins for graphs."""
+    descent = inversion._descent
+    assert descent is not None
+    inside = [value for value in vars(descent).values() if isinstance(value, Tensor)]
+    Rehearsal.tensors = staticmethod(lambda: [*inside, *inversion._history.values()])
+    monkeypatch.setattr(Rehearsal, "made", [])
+    monkeypatch.setattr("smi_kernels.descent.Graph", Rehearsal)
+    monkeypatch.setattr("smi.objectives.capturing", lambda: Rehearsal.capturing)
+    descent._graphs, descent._unroll = True, 2
+    return descent
+
+
+def test_the_step_is_right_because_it_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(depth=1).double().to(DEVICE)
+    config = Config(**PRUNED, learning_rate=0.05, eps=1e-4)
+    expected = Inversion(fused(model, "reference"), [0, 1], config, objectives=own()).run()
+    inversion = Inversion(fused(model, "reference"), [0, 1], config, objectives=own())
+    descent = in_graphs(inversion, monkeypatch)
+    with pytest.warns(UserWarning, match=r"RuntimeError: the loss reads context\.step"):
+        found = inversion.run()
+    assert "context.step" in descent.around_loss and set(Rehearsal.made) == {"feed", "move"}
+    assert torch.equal(found.images, expected.images)
+    for name, curve in expected.history.items():
+        assert torch.equal(found.history[name], curve)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_objectives_are_captured_if_they_may_be(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(depth=1).double().to(DEVICE)
+    config = Config(**PRUNED, learning_rate=0.05, eps=1e-4)
+    terms = [smi.Objective(entropy, capturable=capturable), darkness]
+    expected = Inversion(fused(model, "reference"), [0, 1], config, objectives=terms).run()
+    inversion = Inversion(fused(model, "reference"), [0, 1], config, objectives=terms)
+    descent = in_graphs(inversion, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = inversion.run()
+    assert set(Rehearsal.made) == ({"_unrolled"} if capturable else {"feed", "move"})
+    assert descent.around_loss == ("" if capturable else "objective 'entropy' is not capturable")
+    assert torch.equal(found.images, expected.images)
+    for name, curve in expected.history.items():
+        assert torch.equal(found.history[name], curve) and curve.isfinite().all()
+
+
+def test_an_objective_that_fails_in_a_long_stride_can_be_run_again() -> None:
+    model = tiny(depth=1).double().to(DEVICE)
+    config = Config(**PRUNED, learning_rate=0.05, eps=1e-4)
+    calls: list[int] = []
+
+    def failing(context: smi.Context) -> Tensor:
+        calls.append(context.step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return context.logits.mean()
+
+    inversion = Inversion(fused(model, "reference"), [0, 1], config, objectives=[failing])
+    with pytest.raises(KeyboardInterrupt):
+        inversion.run()
+    assert inversion.iteration == 5
+    again = inversion.run()
+    assert calls == [0, 1, 2, 3, 4, 5, *range(5, 14)]
+    at_once = Inversion(fused(model, "reference"), [0, 1], config, objectives=[failing]).run()
+    assert torch.equal(again.images, at_once.images)
+
+
+def test_a_fused_inversion_with_objectives_is_freed_at_once() -> None:
+    inversion = Inversion(fused(tiny(depth=1), "reference"), [0], Config(**SHORT), objectives=[entropy])
+    inversion.step()
+    gone = weakref.ref(inversion._descent)
+    gc.disable()
+    try:
+        del inversion
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_groups_are_batches_run_together() -> None:
