@@ -215,7 +215,10 @@ class InvertOptions(ModelOptions):
     precision: Annotated[
         str | None,
         _option(
-            "--precision", panel=_RUN, help="fp32 or bf16, for the network only.", autocompletion=_choices("precision")
+            "--precision",
+            panel=_RUN,
+            help="For the network only: fp32 or bf16; on fused kernels tf32 or fp16 too.",
+            autocompletion=_choices("precision"),
         ),
     ] = None
     dry_run: Annotated[

@@ -23,6 +23,7 @@ Jitter = Literal["patch", "pixel", "none"]
 Stopped = Literal["frozen", "evolve"]
 Scope = Literal["image", "batch"]
 ResultMask = Literal["carried", "reranked"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class Config:
             pruning) in place of the last one; evaluated every `best_every` iterations.
         batch_size: images per batch; under official semantics part of the meaning (norms run over the batch).
         seed: the one source of randomness, >= 0.
-        precision: arithmetic of the network; pixels, moments and losses are always float32.
+        precision: arithmetic of the network; pixels, moments and losses are always float32. `tf32` and `fp16` run on
+            the fused kernels alone.
         tolerance: stop a batch early when the objective, averaged over `patience` iterations, improved by less than
             this relative amount over the `patience` before, and the last pruning is past; 0 never stops.
         patience: see `tolerance`.
@@ -83,7 +85,7 @@ class Config:
     best_every: int = 20
     batch_size: int = 32
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     tolerance: float = 0.0
     patience: int = 100
     snapshots: int = 8

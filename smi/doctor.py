@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from smi.adapters.timm import SparseModel
+from smi.config import Precision
 from smi.errors import SmiError
 from smi.flops import count_flops
 from smi.predict import saved_bytes
@@ -38,7 +39,7 @@ def doctor(
     *,
     name: str | None = None,
     device: str = "cpu",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     backend: str = "auto",
 ) -> Diagnosis:
     """Examine a model, or the model of that name. An unsupported one is a finding, not an error.

@@ -136,8 +136,7 @@ class Seen:
         self.still: list[int] = []
 
     def __call__(self, context: smi.Context) -> Tensor:
-        assert (context.keep.shape[0] == len(context.images) and torch.is_grad_enabled()) or context.offsets is None
-        if context.offsets is None and torch.is_grad_enabled():
+        if context.offsets is None and torch.is_grad_enabled():  # without: `best` is looked for
             self.still.append(context.step)
         ramp = torch.linspace(-1, 1, 16, dtype=context.images.dtype, device=context.images.device)
         return (context.augmented * ramp).square().flatten(1).mean(1)
@@ -172,10 +171,8 @@ def test_objectives_of_ones_own_are_those_of_the_ordinary_loop(backend: str, cha
     found, expected = both(backend, config, objectives=terms, depth=1)
     compare(found, expected)
     assert {"entropy", "dark", "annealed", "Seen"} < found.history.keys()
-    assert terms[0][3].function.still == terms[1][3].function.still
-    assert terms[0][3].function.still == [] if changes.get("strategy") == "dense" else terms[0][3].function.still
-    plain, _ = both("reference", config, depth=1) if config.cross_entropy else (None, None)
-    assert plain is None or not torch.allclose(found.images, plain.images, atol=1e-3)
+    still, as_expected = (several[3].function.still for several in terms)
+    assert still == as_expected and bool(still) == (config.strategy != "dense")
 
 
 def test_features_are_of_the_models_own_modules() -> None:
@@ -337,3 +334,34 @@ def test_more_iterations_than_the_table_has_are_refused() -> None:
         PixelDescent(vit, torch.zeros(2, 3, 16, 16).double(), torch.tensor([0, 1]), table, **bounds)
     with pytest.raises(ValueError, match="group is 3; expected 1 to 2"):
         PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds, group=3)
+
+
+# --- precisions of the kernels alone ---
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_precisions_of_the_fused_kernels(precision: Any) -> None:
+    model, config = tiny(depth=1).to(DEVICE), Config(**SHORT, precision=precision, learning_rate=0.01)
+    inversion = Inversion(model, [0, 1], config, backend="triton")
+    assert inversion.fused and inversion.model.vit is not None and inversion.model.vit.precision == precision
+    assert 0 < inversion.model.difference < 0.02 or (precision == "tf32" and DEVICE == "cpu")
+    inversion.step()
+    full = Inversion(model, [0, 1], config.replace(precision="fp32"), backend="reference")
+    full.step()
+    assert inversion.images.dtype == torch.float32 and inversion.images.isfinite().all()
+    assert inversion.latest()["total"] == pytest.approx(full.latest()["total"], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_precisions_that_need_kernels_say_why_there_are_none(precision: Any) -> None:
+    model = tiny(depth=1)
+    with pytest.raises(SmiError, match=rf"'{precision}' runs on the fused kernels alone.*asked for\. Use fp32 or bf16"):
+        SparseModel(model, precision=precision, backend="reference")
+    with pytest.raises(SmiError, match=r"pools by attention.*rank by class attention.* Use fp32 or bf16"):
+        smi.invert(tiny(global_pool="map", class_token=False).to(DEVICE), [0], Config(**SHORT, precision=precision))
+    if DEVICE == "cpu":
+        with pytest.raises(SmiError, match=r"on a CPU they are interpreted, which only tests want\. Use fp32"):
+            smi.invert(model, [0], Config(**SHORT, precision=precision))
+    term = smi.Objective(entropy, features=("blocks.0",))
+    with pytest.raises(SmiError, match=rf"modules, which do not run in {precision}; use fp32 or bf16"):
+        Inversion(model.to(DEVICE), [0], Config(**SHORT, precision=precision), objectives=[term], backend="triton")

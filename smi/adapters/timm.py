@@ -24,12 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 import smi_kernels
 import smi_kernels.backends
+from smi.config import Precision
 from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
 
 Ranking = Literal["auto", "class_attention", "attention_pool", "received_attention"]
 _DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of the logits from timm's own, relative: an order of magnitude above what rounding to so many bits does.
+_DIFFERENCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 0.1}
 
 
 class _EmbedSlot(nn.Module):
@@ -104,7 +106,8 @@ class SparseModel:
             weights are shared wherever device and dtype allow.
         name: for records; default the timm architecture name.
         device: where to run; default where the model is.
-        precision: arithmetic of the network, ``fp32`` or ``bf16``. A float64 model stays float64 under ``fp32``.
+        precision: arithmetic of the network, ``fp32`` or ``bf16``, on the fused kernels ``tf32`` or ``fp16`` too. A
+            float64 model stays float64 under ``fp32``.
         ranking: what patches are ranked by; ``auto`` takes the class token's attention in the last block, else the
             attention pooling's, else the attention each patch receives in the last block.
         mean, std: per channel; default the model's own data config.
@@ -119,12 +122,12 @@ class SparseModel:
         vit: the network on fused kernels, or None.
         device, dtype: where it runs, and the dtype of pixels and logits.
         difference: of the logits from timm's own, relative, all patches fed through the sparse path; at most 1e-3
-            (0.1 in bf16).
+            (0.02 in tf32 and fp16, 0.1 in bf16).
         has_head: False if the logits are features, because the model was made with ``num_classes=0``.
 
     Raises:
         SmiError: not a supported model (with the reason), weights not finite, ranking not to be had, device missing,
-            backend not to be had (with every reason), or the output differs from timm's.
+            backend or precision not to be had (with every reason), or the output differs from timm's.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class SparseModel:
         *,
         name: str | None = None,
         device: str | torch.device | None = None,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         ranking: Ranking = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -149,7 +152,7 @@ class SparseModel:
         first = next(model.parameters())
         self.device = resolve_device(device) if device is not None else first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        network_dtype = self.dtype if precision == "fp32" else _DTYPES[precision]
+        network_dtype = torch.bfloat16 if precision == "bf16" else self.dtype
         _check_finite(model)
 
         twin = _frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
@@ -192,6 +195,11 @@ class SparseModel:
             class_names=labels if len(labels) == expected.shape[-1] else (),
         )
         self.against_kernels, self.backend = self._choose_backend(backend)
+        if self.against_kernels and precision in ("tf32", "fp16"):
+            raise SmiError(
+                f"precision {precision!r} runs on the fused kernels alone, and {self.info.name} does not run on those: "
+                f"{'; '.join(self.against_kernels)}. Use fp32 or bf16."
+            )
         self.vit: smi_kernels.SparseViT | None = None
         if not self.against_kernels:
             self.vit = smi_kernels.SparseViT.from_timm(model, precision, device=self.device)
@@ -260,8 +268,13 @@ class SparseModel:
         """Make the outputs of these submodules (``blocks.3``, ``norm``, ...) available as `features` after each call.
 
         Raises:
-            SmiError: no such submodule.
+            SmiError: no such submodule, or a precision that the model's own modules do not run in.
         """
+        if names and self.precision in ("tf32", "fp16"):
+            raise SmiError(
+                f"features are outputs of the model's own modules, which do not run in {self.precision}; use fp32 or "
+                f"bf16, or objectives without features."
+            )
         modules, features = dict(self._twin.named_modules()), self._features
         for name in names:
             if name not in modules:
@@ -307,8 +320,8 @@ class SparseModel:
             *smi_kernels.backends.reasons_against(name, self.device),
             *smi_kernels.unsupported_reasons(self._original),
         ]
-        if name == "cpu" and self.precision == "bf16":
-            reasons.append("the compiled operators compute in float32 and float64, not in bf16")
+        if name == "cpu" and self.precision != "fp32":
+            reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
         if self._ranking != "class_attention":
             reasons.append(f"they rank by class attention, not by {self._ranking}")
         if reasons and wanted != "auto":
@@ -366,7 +379,7 @@ class SparseModel:
             logits, _ = self.feed(probe, cells)
             _, scores = self.feed(probe, half, scores=True)
         error = ((logits - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-        limit = 0.1 if self._twin.patch_embed.proj.weight.dtype == torch.bfloat16 else 1e-3
+        limit = _DIFFERENCE[self.precision]
         if not error <= limit:
             raise SmiError(
                 f"{self.info.name} is not supported: fed all its patches, the sparse path differs from timm's own "
