@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import smi
+import smi_kernels
 from smi.embedded import load_teacher
 from smi_kernels import PixelDescent, SparseViT
 
@@ -140,6 +143,80 @@ def test_replays_neither_wait_nor_allocate() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+# --- losses of the caller's ---
+
+
+def entropy(images: Tensor, logits: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
+    seen = smi_kernels.augment(images, offsets)[:, :, :100].square().mean()
+    return seen - 0.1 * (logits.softmax(1) * logits.log_softmax(1)).sum() / (1 + step[0])
+
+
+def entropy_that_waits(images: Tensor, logits: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
+    assert logits.detach().sum().item() != 0
+    return entropy(images, logits, offsets, step)
+
+
+def entropy_that_waits_unseen(images: Tensor, logits: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
+    """In a way that no dispatch mode sees, so that CUDA itself spoils the capture."""
+    torch.cuda.current_stream().synchronize()
+    return entropy(images, logits, offsets, step)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_captured_loss_is_the_eager_one(precision: Any) -> None:
+    replayed, launched = (descent(unroll, precision, loss=entropy) for unroll in (4, 10**9))
+    split = descent(4, precision, loss=entropy, around_loss="it was said")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (replayed, launched, split):
+            one.advance(13)
+            one.prune(kept(6, 30))
+            one.advance(10)
+    assert replayed.around_loss == "" and replayed._whole is not None and split._halves is not None
+    for other in (replayed, split):
+        assert other.iteration == other._step.item() == 23
+        assert torch.equal(other.images, launched.images)
+        assert torch.equal(other.cross_entropies.nan_to_num(), launched.cross_entropies.nan_to_num())
+        assert torch.equal(other.priors.nan_to_num(), launched.priors.nan_to_num())
+
+
+@pytest.mark.parametrize("loss", [entropy_that_waits, entropy_that_waits_unseen])
+def test_a_loss_that_waits_runs_between_two_graphs(loss: Any) -> None:
+    launched, one = descent(10**9, loss=loss), descent(4, loss=loss)
+    launched.advance(13)
+    stream = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="cannot be captured, so it runs between two CUDA graphs"):
+        one.advance(13)
+    assert one.around_loss and one._whole is None and one._halves is not None
+    assert torch.equal(one.images, launched.images)
+    # A spoilt capture leaves neither its stream nor a generator that believes it is being captured.
+    assert torch.cuda.current_stream() == stream and torch.randn(3, device="cuda").isfinite().all()
+    again = descent(4)
+    again.advance(9)
+    assert again._whole is not None and again.images.isfinite().all()
+
+
+@pytest.mark.parametrize("reads_step", [False, True])
+def test_objectives_of_ones_own_in_graphs(reads_step: bool) -> None:
+    """Run in strides, with graphs, and step by step, without: the same bits, and the right step at each iteration."""
+
+    def own(context: smi.Context) -> Tensor:
+        factor = 1 / (1 + context.step) if reads_step else 0.5
+        return factor * context.logits.square().mean(1) + context.augmented.square().mean((1, 2, 3))
+
+    config = smi.Config(iterations=40, prune_at=(20,), prune_ratio=(0.5,), learning_rate=0.05)
+    run, stepped = (smi.Inversion(load_teacher(), TARGETS, config, objectives=[own], device="cuda") for _ in range(2))
+    assert run.fused
+    with pytest.warns(UserWarning, match=r"context\.step") if reads_step else contextlib.nullcontext():
+        found = run.run()
+    while not stepped.done:
+        stepped.step()
+    expected = stepped.result()
+    assert run._descent is not None and ("context.step" in run._descent.around_loss) is reads_step
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.history["own"], expected.history["own"]) and found.history["own"].isfinite().all()
 
 
 def test_kept_sets_agree_with_float32() -> None:
