@@ -103,8 +103,8 @@ class Inversion:
         self._history = {name: torch.full((T,), torch.nan, device=model.device) for name in names}
         self._own: OwnTerms | None = None
         self._descent: smi_kernels.PixelDescent | None = None
-        watches = bool(self.objectives.features)
-        self.fused = model.vit is not None and not watches and model.vit.weights.wide == model.dtype
+        needs_autograd = bool(self.objectives.features) or any(term.differentiates for term in self.objectives.extra)
+        self.fused = model.vit is not None and not needs_autograd and model.vit.weights.wide == model.dtype
         if self.fused:
             self._descent = self._start_descent()
             self.images = self._descent.images  # the very tensor that moves
@@ -135,7 +135,8 @@ class Inversion:
             self._prune(t)
         began = time.perf_counter()  # after the records of the last phase, which take their own time
         if self._descent is None:
-            self._iterate(t)
+            with smi_kernels.use_backend(self.model.operations):
+                self._iterate(t)
             self.iteration += 1
         else:
             with smi_kernels.use_backend(self.model.backend):
@@ -181,7 +182,7 @@ class Inversion:
     def _stride(self) -> int:
         """Iterations until something has to be looked at."""
         t, config = self.iteration, self.config
-        if self._descent is None or self.strategy.wants_scores(t):
+        if self._descent is None or self.strategy.wants_scores(t) or not self._descent.in_graphs:
             return 1
         stops = [config.iterations, t + _LOOK_EVERY, *self.schedule, *(at - 1 for at in self.schedule)]
         for every, wanted in ((config.patience, config.tolerance), (config.best_every, config.best)):
@@ -190,7 +191,7 @@ class Inversion:
         return min(stop for stop in stops if stop > t) - t
 
     def run(self, progress: Callable[[Inversion], None] | None = None) -> Result:
-        """All remaining iterations; `progress` is called with this object after each, on fused kernels more seldom."""
+        """All remaining iterations; `progress` is called with this object after each, in CUDA graphs more seldom."""
         while not self.done:
             self._advance(self._stride())
             if progress is not None:

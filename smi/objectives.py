@@ -82,6 +82,8 @@ class Objective:
         capturable: whether it may be captured in a CUDA graph, which repeats its work on the device and does not run
             its Python code again; False for a function of anything else on the host that changes from call to call.
             What waits for the device, or reads ``context.step``, is found out and runs outside of graphs, with a note.
+        differentiates: whether it asks autograd for derivatives of the logits itself, as a gradient penalty does. The
+            network then runs through autograd, which fused iterations do without.
     """
 
     function: Callable[[Context], Tensor]
@@ -89,6 +91,7 @@ class Objective:
     name: str = ""
     features: tuple[str, ...] = ()
     capturable: bool = True
+    differentiates: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -171,7 +174,15 @@ class Objectives:
 
     @staticmethod
     def _evaluate(term: Objective, context: Context) -> Tensor:
-        value = term.function(context)
+        try:
+            value = term.function(context)
+        except RuntimeError as error:
+            if "not have been used in the graph" not in str(error) or term.differentiates:
+                raise
+            raise SmiError(
+                f"objective {term.name!r} differentiates something itself and found it unconnected; if that is the "
+                f"logits, wrap it in smi.Objective(..., differentiates=True)."
+            ) from error
         if not isinstance(value, Tensor) or value.shape not in ((), (context.images.shape[0],)):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise SmiError(

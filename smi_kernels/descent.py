@@ -71,6 +71,7 @@ class PixelDescent:
 
     Attributes:
         iteration: iterations done.
+        in_graphs: whether iterations are captured in CUDA graphs, so that the host only starts several at once.
         images: as they are now.
         exp_avg, exp_avg_sq: Adam's moments, like `images`.
         keep: (B, K) int64, or None while no patch was pruned.
@@ -137,7 +138,7 @@ class PixelDescent:
         self._colsum = torch.stack([head.colsum for head in vit.weights.heads_of_tokens])
         self._bias = torch.stack([head.bias for head in vit.weights.heads_of_tokens])
         self._ran = 0  # iterations since the last change of shapes
-        self._graphs = self.images.is_cuda
+        self.in_graphs = self.images.is_cuda
         self._whole: Graph | None = None
         self._halves: _Halves | None = None
         self._captured = vit.weights
@@ -155,7 +156,7 @@ class PixelDescent:
             self._captured = self.vit.weights
         while iterations:
             done = 1
-            if self._graphs and self._ran:
+            if self.in_graphs and self._ran:
                 self._capture(iterations)
             if self._whole is not None and iterations >= self._unroll:
                 self._whole.replay()
@@ -238,8 +239,12 @@ class PixelDescent:
         self._store(images, sums)
 
     def _store(self, images: Tensor, sums: Tensor) -> None:
-        self.images.copy_(images)
-        self._sums.copy_(sums)
+        if self.in_graphs:  # which know addresses
+            self.images.copy_(images)
+            self._sums.copy_(sums)
+        else:
+            self.images.set_(images)
+            self._sums = sums
 
     def _once(self, images: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         if self._loss is None:

@@ -14,12 +14,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels import DEVICE, Kernels
+from kernels import BACKENDS, Kernels
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any(isinstance(value, Kernels) for value in vars(metafunc.module).values()):
-        only_triton = DEVICE != "cpu" or metafunc.definition.get_closest_marker("triton") is not None
+        only_triton = "cpu" not in BACKENDS or metafunc.definition.get_closest_marker("triton") is not None
         metafunc.parametrize("implementation", ["kernels"] if only_triton else ["kernels", "cpu"], indirect=True)
 
 

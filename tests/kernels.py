@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_kernels import native
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On which the same results are to be had here: a GPU has its Triton kernels, a CPU has them interpreted.
+BACKENDS = ["reference", "triton", *(["cpu"] if DEVICE == "cpu" and not native.reasons_against() else [])]
 
 
 class Kernels:

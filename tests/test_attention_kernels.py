@@ -10,6 +10,7 @@ from kernels import DEVICE, Kernels, launched, poisoned, within_budget
 from torch import Tensor
 from torch.nn import functional as F
 
+from smi_kernels.attention import kernels as triton_kernels
 from smi_kernels.attention import reference
 from smi_kernels.launch import count_launches
 
@@ -128,7 +129,7 @@ def test_either_gradient_kernel_serves_any_number_of_tokens(
     expected = attention(reference, t)
     tiles = {"attention_dx_kernel": (64, 64, True, 4, 1), "attention_long_dx_kernel": (16, 32, False, 4, 1)}
     for name, tile in tiles.items():
-        monkeypatch.setattr(kernels, "_dx_tile", lambda *_, tile=tile: kernels._Tile(*tile))
+        monkeypatch.setattr(triton_kernels, "_dx_tile", lambda *_, tile=tile: triton_kernels._Tile(*tile))
         with count_launches() as launches, poisoned():
             found = attention(kernels, t)
         assert [launch.name for launch in launches] == launched(["attention_kernel", name])

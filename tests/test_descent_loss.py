@@ -95,7 +95,7 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         state = [value for value in vars(one).values() if isinstance(value, Tensor)]
         monkeypatch.setattr(Rehearsal, "tensors", staticmethod(lambda: [*state, *more]), raising=False)
         monkeypatch.setattr(Rehearsal, "made", [])
-        one._graphs = True
+        one.in_graphs = True
         return one
 
     return switch_on

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import smi
 from smi import Config, Context, Inversion, Result, SmiError, SparseModel
-from smi.objectives import Objectives
+from smi.objectives import Objective, Objectives
 from smi.strategies import STRATEGIES
 
 
@@ -74,7 +74,7 @@ def test_the_network_never_sees_a_stopped_patch(model: nn.Module, flip: bool) ->
         checked.append(context.keep.shape[1])
         return context.logits.mean()
 
-    Inversion(model, [0, 1], Config(**PRUNED, flip=flip), objectives=[spy]).run()
+    Inversion(model, [0, 1], Config(**PRUNED, flip=flip), objectives=[Objective(spy, differentiates=True)]).run()
     assert checked == [16] * 3 + [11] * 3 + [7] * 3 + [4] * 5
 
 
@@ -91,7 +91,7 @@ def test_strict_jitter_shifts_by_whole_patches() -> None:
         return context.logits.mean()
 
     config = Config(iterations=24, prune_at=(3,), prune_ratio=(0.5,))
-    Inversion(model, [0, 1], config, objectives=[spy]).run()
+    Inversion(model, [0, 1], config, objectives=[Objective(spy, differentiates=True)]).run()
     offsets = torch.tensor(seen)  # (T, B, 3)
     assert set(offsets[..., 0].flatten().tolist()) == {-8, -4, 0, 4, 8}
     assert set(offsets[..., 1].flatten().tolist()) == {-4, 0, 4}
@@ -401,7 +401,10 @@ def test_best_gets_over_nan(model: nn.Module) -> None:
 
     config = Config(iterations=6, best=True, best_every=1, **UNPRUNED)
     plain = Inversion(model, [0], config).run()
-    assert torch.equal(Inversion(model, [0], config, objectives=[once]).run().images, plain.images)
+    found = Inversion(model, [0], config, objectives=[once]).run().images
+    torch.testing.assert_close(
+        found, plain.images, rtol=0, atol=1e-3
+    )  # the two add the logits' gradient up differently
 
 
 def test_convergence_stops_the_batch(model: nn.Module) -> None:

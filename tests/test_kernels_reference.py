@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -26,7 +27,15 @@ from smi_kernels import (
     select_tokens,
     tv_l1,
     tv_l2,
+    use_backend,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_reference() -> Iterator[None]:
+    with use_backend("reference"):
+        yield
+
 
 quick = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**31 - 1)

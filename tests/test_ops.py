@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE
+from kernels import BACKENDS, DEVICE
 from torch import Tensor
 
 from smi_kernels import ops, use_backend
@@ -103,7 +103,7 @@ def test_every_operator_is_sampled() -> None:
     assert DERIVATIVES.keys() <= ops.OPERATORS.keys()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("name", sorted(ops.OPERATORS))
 def test_schema_and_fakes_hold(name: str, low: torch.dtype, backend: str) -> None:
@@ -135,7 +135,7 @@ def differentiable(name: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any]
     return function, [args[place].clone().requires_grad_(True) for place in places]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(DERIVATIVES))
 def test_derivatives_are_those_of_finite_differences(name: str, backend: str) -> None:
     with use_backend(backend):

@@ -301,7 +301,7 @@ def test_doctor_describes_a_model(vit: nn.Module, model: smi.SparseModel) -> Non
     assert facts["ranking"] == "class_attention"
     assert facts["difference from timm"] < 1e-5
     assert facts["flops per image and iteration"] == expected_flops(PATCHES)
-    assert [backend.name for backend in found.backends] == ["reference", "triton", "cuda"]
+    assert [backend.name for backend in found.backends] == ["reference", "triton", "cpu", "cuda"]
 
 
 def test_doctor_says_why_a_model_is_not_supported() -> None:

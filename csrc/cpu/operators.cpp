@@ -28,7 +28,6 @@ const Operator OPERATORS[] = {
     SMI_OPERATOR(attention),
     SMI_OPERATOR(attention_dx),
     SMI_OPERATOR(attention_row),
-    SMI_OPERATOR(augment),
     SMI_OPERATOR(class_attention),
     SMI_OPERATOR(class_attention_dx),
     SMI_OPERATOR(cross_entropy_head),

@@ -141,23 +141,4 @@ void scatter_patches(const T* d_patches, const int64_t* cells, const int64_t* of
   });
 }
 
-// flip(roll(images)), or with `adjoint` its transpose, which is its inverse.
-template <typename T>
-void augment(const T* from, const int64_t* offsets, bool one_for_all, bool adjoint, T* to, int64_t count,
-             int64_t channels, const Grid& g) {
-  parallel(count * channels * g.H, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t plane = task / g.H, y = task % g.H;
-      const Augmentation a(offsets, one_for_all, plane / channels);
-      const int64_t source = (plane * g.H + a.source_y(y, g)) * g.W, made = (plane * g.H + y) * g.W;
-      if (adjoint) {
-        std::fill(to + source, to + source + g.W, T{0});
-        add_row(from + made, a, 0, g.W, g, to + source);
-      } else {
-        read_row(from + source, a, 0, g.W, g, to + made);
-      }
-    }
-  });
-}
-
 }  // namespace smi

@@ -119,6 +119,8 @@ class SparseModel:
         info: identity and geometry.
         backend: ``triton``, ``cpu`` or ``reference``.
         against_kernels: every reason why `backend` is ``reference``.
+        operations: backend of single operations where the network runs on timm's modules: ``reference`` if that was
+            asked for, else ``auto``.
         vit: the network on fused kernels, or None.
         device, dtype: where it runs, and the dtype of pixels and logits.
         difference: of the logits from timm's own, relative, all patches fed through the sparse path; at most 1e-3
@@ -195,6 +197,7 @@ class SparseModel:
             class_names=labels if len(labels) == expected.shape[-1] else (),
         )
         self.against_kernels, self.backend = self._choose_backend(backend)
+        self.operations = "reference" if backend == "reference" else "auto"
         if self.against_kernels and precision in ("tf32", "fp16"):
             raise SmiError(
                 f"precision {precision!r} runs on the fused kernels alone, and {self.info.name} does not run on those: "
