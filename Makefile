@@ -10,10 +10,10 @@ INSTALLED := $(VENV)/installed-$(HERE)
 INSTALLED_DEV := $(VENV)/installed-dev-$(HERE)
 DESCRIPTION := pyproject.toml setup.py Makefile $(wildcard csrc/*.py csrc/*/*)
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint sanitize bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made from, ARGS='-k pool' adds arguments to test and bench."
 
 venv: $(INSTALLED_DEV)  ## make .venv with everything that tests and checks need
@@ -29,6 +29,13 @@ lint: $(INSTALLED_DEV)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(INSTALLED_DEV)  ## run the tests of the compiled operators under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python csrc/build.py --sanitize --out build/sanitized/libraries
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    SMI_NATIVE=cpu SMI_NATIVE_LIBRARIES=build/sanitized/libraries \
+	    $(BIN)/python -m pytest -k "(cpu or native) and not wheel" $(ARGS) $(wildcard tests/test_*_kernels.py) tests/test_native.py
 
 bench: $(INSTALLED)  ## time sparse against dense inversion; ARGS='--model ...' chooses what, ARGS=--help lists
 	$(BIN)/python -m benchmarks.sparse_vs_dense $(ARGS)

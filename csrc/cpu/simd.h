@@ -49,7 +49,7 @@ constexpr int64_t padded(int64_t size) {
 // exp(x), relative error below 2^-22; 0 below -87.3, where float has no normal numbers, NaN of NaN.
 // Cody & Waite's reduction by n log(2) in two parts, then the series of exp on [-log(2) / 2, log(2) / 2].
 inline float exponential(float x) {
-  const float bounded = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+  const float bounded = x > -87.3f ? (x < 88.7f ? x : 88.7f) : -87.3f;  // a number even of NaN
   const float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
   const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.0f / 5040.0f;
@@ -60,10 +60,11 @@ inline float exponential(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) * (1 << 23);
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < -87.3f ? 0.0f : p * power;
+  const float value = x < -87.3f ? 0.0f : p * power;
+  return x != x ? x : value;
 }
 
 inline double exponential(double x) { return std::exp(x); }

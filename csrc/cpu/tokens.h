@@ -63,14 +63,14 @@ void cross_entropy_head(const T* parts, const int64_t* target, const T* probabil
       loss[image] = static_cast<T>(value);
       for (int64_t r = 0; r < R; ++r) {
         const T *part = parts + (r * images + image) * classes, *sums = colsum + r * classes, *b = bias + r * classes;
-        T of_colsum = 0, of_part = 0;
+        double of_colsum = 0, of_part = 0;  // terms of both signs, and of very different sizes
 #pragma omp simd reduction(+ : of_colsum, of_part)
         for (int64_t j = 0; j < classes; ++j) {
-          of_colsum += gradient[j] * sums[j];
-          of_part += gradient[j] * (part[j] - b[j]);
+          of_colsum += static_cast<double>(gradient[j] * sums[j]);
+          of_part += static_cast<double>(gradient[j] * (part[j] - b[j]));
         }
-        dstats[2 * (r * images + image)] = of_colsum;
-        dstats[2 * (r * images + image) + 1] = of_part;
+        dstats[2 * (r * images + image)] = static_cast<T>(of_colsum);
+        dstats[2 * (r * images + image) + 1] = static_cast<T>(of_part);
       }
     }
   });

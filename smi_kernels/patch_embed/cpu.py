@@ -27,15 +27,14 @@ def embed_tokens(
         )
     B, C, H, W = images.shape
     (D, features), P = weight.shape, prefix.shape[0]
-    grid = _grid(H, W, patch_height, patch_width)
-    cells = _cells(keep, offsets, B, grid)
-    K = cells.shape[1]
+    _grid(H, W, patch_height, patch_width)
     native.expect(
         weight=(weight, (D, C * patch_height * patch_width)),
         position=(position, ((H // patch_height) * (W // patch_width), D)),
         prefix=(prefix, (P, D)),
     )
-    patches = _gather(images, cells, offsets, grid)
+    patches, cells = read_patches(images, keep, offsets, patch_height, patch_width)
+    K = cells.shape[1]
     x, stats = images.new_empty(B, P + K, D), images.new_empty(B * (P + K), -(-D // 64), 2)
     native.call(
         "embed", images.dtype, patches, cells, weight.contiguous(), position.contiguous(), prefix.contiguous(), x,
@@ -79,6 +78,21 @@ def patches_to_pixels(
     return _scatter(d_patches, cells, offsets, grid)
 
 
+def read_patches(
+    images: Tensor, keep: Tensor | None, offsets: Tensor | None, patch_height: int, patch_width: int
+) -> tuple[Tensor, Tensor]:
+    """The pixels that `embed_tokens` embeds, (B, K, C * patch_height * patch_width), and the cells they are read at."""
+    B, C, H, W = images.shape
+    grid = _grid(H, W, patch_height, patch_width)
+    cells = _cells(keep, offsets, B, grid)
+    patches = images.new_empty(B, cells.shape[1], C * patch_height * patch_width)
+    native.call(
+        "gather_patches", images.dtype, images.contiguous(), cells, *_augmentation(offsets), patches, B, C,
+        cells.shape[1], grid,
+    )  # fmt: skip
+    return patches, cells
+
+
 def _grid(H: int, W: int, height: int, width: int) -> tuple[int, int, int, int]:
     if height < 1 or width < 1 or H % height or W % width:
         raise ValueError(f"images are {H} x {W}; expected multiples of the patch size {height} x {width}.")
@@ -101,15 +115,6 @@ def _cells(keep: Tensor | None, offsets: Tensor | None, images: int, grid: tuple
 
 def _augmentation(offsets: Tensor | None) -> tuple[Tensor | None, bool]:
     return (None, False) if offsets is None else (offsets.contiguous(), offsets.shape[0] == 1)
-
-
-def _gather(images: Tensor, cells: Tensor, offsets: Tensor | None, grid: tuple[int, int, int, int]) -> Tensor:
-    (B, C), K = images.shape[:2], cells.shape[1]
-    patches = images.new_empty(B, K, C * grid[2] * grid[3])
-    native.call(
-        "gather_patches", images.dtype, images.contiguous(), cells, *_augmentation(offsets), patches, B, C, K, grid
-    )
-    return patches
 
 
 def _scatter(d_patches: Tensor, cells: Tensor, offsets: Tensor | None, grid: tuple[int, int, int, int]) -> Tensor:
