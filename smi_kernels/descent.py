@@ -243,7 +243,7 @@ class PixelDescent:
             self.images.copy_(images)
             self._sums.copy_(sums)
         else:
-            self.images.set_(images)
+            self.images.set_(images)  # type: ignore[call-overload]
             self._sums = sums
 
     def _once(self, images: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
