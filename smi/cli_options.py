@@ -75,7 +75,7 @@ class ModelOptions:
     backend: Annotated[
         str,
         _option(
-            "--backend", panel=_WHAT, help="auto (fused kernels on a GPU where they can), triton, cuda, reference."
+            "--backend", panel=_WHAT, help="auto (fused, where that can run the model), triton, cuda, cpu, reference."
         ),
     ] = "auto"
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from smi_kernels.backends import use_backend
     from smi_kernels.descent import PixelDescent
     from smi_kernels.folding import unsupported_reasons
+    from smi_kernels.marks import spans
     from smi_kernels.patch_embed.reference import augment, embed_patches, gather_patches, map_cells
     from smi_kernels.pixel_update.reference import patch_mask
+    from smi_kernels.profiling import ceilings, proton, record_operations
     from smi_kernels.vit import SparseViT
 
 _HOME = {
@@ -29,13 +31,17 @@ _HOME = {
     "adam_clamp_": "api",
     "attention_row": "api",
     "augment": "patch_embed.reference",
+    "ceilings": "profiling",
     "embed_patches": "patch_embed.reference",
     "gather_patches": "patch_embed.reference",
     "l2_norm": "api",
     "map_cells": "patch_embed.reference",
     "patch_mask": "pixel_update.reference",
+    "proton": "profiling",
     "received_attention": "attention.reference",
+    "record_operations": "profiling",
     "select_tokens": "api",
+    "spans": "marks",
     "tv_l1": "api",
     "tv_l2": "api",
     "unsupported_reasons": "folding",
@@ -49,13 +55,17 @@ __all__ = [
     "adam_clamp_",
     "attention_row",
     "augment",
+    "ceilings",
     "embed_patches",
     "gather_patches",
     "l2_norm",
     "map_cells",
     "patch_mask",
+    "proton",
     "received_attention",
+    "record_operations",
     "select_tokens",
+    "spans",
     "tv_l1",
     "tv_l2",
     "unsupported_reasons",

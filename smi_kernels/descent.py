@@ -16,6 +16,7 @@ from torch import Tensor
 
 import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
 from smi_kernels.graphs import Graph, NoWaiting
+from smi_kernels.marks import span
 from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.vit import SparseViT, Trace
 
@@ -299,11 +300,13 @@ class PixelDescent:
         coefficients: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """New images and the sums of their priors; the iteration then counts as done on the device."""
-        images_new, rows = torch.ops.smi.pixel_step(
-            images, self.exp_avg, self.exp_avg_sq, d_patches, d_images, self._slots, offsets, coefficients, self._group,
-            bias_correction, *self._adam, self._low, self._high, self._frozen, *self.vit.weights.patch_size,
-        )  # fmt: skip
-        return images_new, torch.ops.smi.finish_prior_sums(images_new, rows, self._step)
+        with span("pixel step"):
+            images_new, rows = torch.ops.smi.pixel_step(
+                images, self.exp_avg, self.exp_avg_sq, d_patches, d_images, self._slots, offsets, coefficients,
+                self._group, bias_correction, *self._adam, self._low, self._high, self._frozen,
+                *self.vit.weights.patch_size,
+            )  # fmt: skip
+            return images_new, torch.ops.smi.finish_prior_sums(images_new, rows, self._step)
 
     def _d_patches(self, images: Tensor, offsets: Tensor) -> Tensor:
         """(B, K, C * height * width), and the cross-entropies to their place in the history."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class Launch:
         grid: numbers of programs along each axis.
         args: arguments by name: tensors, numbers, compile-time constants.
         options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``, ``maxnreg``.
+        compiled: what Triton made of it for this GPU; None if it was interpreted or did not run.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any] = field(repr=False)
     options: dict[str, int]
+    compiled: Any = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -70,7 +72,9 @@ def launch(
             return
     device = next(value.device for value in args.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**args, **options)
+        compiled = kernel[grid](**args, **options)
+    for seen, _ in _observed.get():
+        seen[-1] = replace(seen[-1], compiled=compiled)
 
 
 @contextlib.contextmanager

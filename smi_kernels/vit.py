@@ -18,6 +18,7 @@ import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
 from smi_kernels import blocks, tuning
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import gradient_sums, row_statistics
+from smi_kernels.marks import span
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Memory = Literal["fast", "small"]
@@ -164,10 +165,11 @@ class SparseViT(nn.Module):
         x = x.view(B * N, D)
         for number, block in enumerate(w.blocks):
             before = (x, stats)
-            if R and number == len(w.blocks) - 1:
-                x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot)
-            else:
-                x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot)
+            with span(f"block {number} forward"):
+                if R and number == len(w.blocks) - 1:
+                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot)
+                else:
+                    x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot)
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
         if R:
@@ -232,10 +234,11 @@ class SparseViT(nn.Module):
                     if last
                     else blocks.forward(block, x, x.to(w.low), stats, N, w.heads, self._dot)
                 )
-            if last:
-                dx, dx_low = blocks.last_backward(block, kept, dx, dx_low.view(-1, D), N, w.heads, R, self._dot)
-            else:
-                dx, dx_low = blocks.backward(block, kept, dx, dx_low, N, w.heads, self._dot)
+            with span(f"block {number} backward"):
+                if last:
+                    dx, dx_low = blocks.last_backward(block, kept, dx, dx_low.view(-1, D), N, w.heads, R, self._dot)
+                else:
+                    dx, dx_low = blocks.backward(block, kept, dx, dx_low, N, w.heads, self._dot)
         patches: Tensor = ops.embed_tokens_dx(dx_low.view(B, N, D), w.patch_weight, w.prefix.shape[0], scale, self._dot)
         return patches
 

@@ -1,0 +1,97 @@
+"""Profiles: what is counted is what another counter counts, and measuring leaves no trace. No test needs a clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels import BACKENDS, DEVICE
+from small import tiny
+from typer.testing import CliRunner
+
+import smi
+import smi_kernels
+from smi.cli import app
+from smi.flops import count_flops
+from smi.profile import profile
+
+needs_operators = pytest.mark.skipif(BACKENDS[-1] == "triton" and DEVICE == "cpu", reason="no compiled operators")
+
+
+@needs_operators
+@pytest.mark.parametrize("kept", [16, 5])
+def test_operations_counted_are_those_of_torchs_counter(kept: int) -> None:
+    """A model that reads the mean of all patches, so that the fused network leaves nothing out."""
+    model = smi.SparseModel(tiny(global_pool="avg", fc_norm=True).to(DEVICE), ranking="class_attention")
+    found = profile(model, batch_size=3, kept=kept, repeats=1)
+    flops = sum(row.flops_per_second * row.seconds for row in found.rows)
+    assert flops == pytest.approx(3 * count_flops(model, kept), rel=1e-6)
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+
+
+@needs_operators
+def test_calls_are_those_of_one_iteration_and_leave_no_trace() -> None:
+    model = smi.SparseModel(tiny(depth=3).to(DEVICE))
+    inversion = smi.Inversion(model, [0, 1], smi.Config(iterations=9, prune_at=(), prune_ratio=()))
+    inversion.step()
+    before = [inversion.images.clone(), inversion._descent.exp_avg.clone()]  # type: ignore[union-attr]
+    with smi_kernels.record_operations() as operations, smi_kernels.use_backend(model.backend):
+        inversion._descent.rank(4)  # type: ignore[union-attr]
+    calls: dict[str, int] = {}
+    for operation in operations:
+        calls[operation.name] = calls.get(operation.name, 0) + operation.calls
+    # 3 blocks: qkv of two, key-value and query of the last, the head; no backward.
+    assert calls == {
+        "embed_tokens": 1, "norm_linear": 5, "attention": 2, "class_attention": 1, "linear_residual": 6,
+        "norm_linear_gelu": 3, "rank_tokens": 1,
+    }  # fmt: skip
+    with smi_kernels.record_operations() as operations:
+        inversion.step()
+    after = [inversion.images.clone(), inversion._descent.exp_avg.clone()]  # type: ignore[union-attr]
+    with smi_kernels.use_backend(model.backend):
+        for operation in operations:
+            operation.measure(model.device, repeats=2, rounds=1)
+            assert operation.seconds > 0 and operation.bytes > 0
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(inversion.images, after[0])
+    assert torch.equal(inversion._descent.exp_avg, after[1])  # type: ignore[union-attr]
+
+
+def test_bytes_are_operands_once_and_what_is_changed_twice() -> None:
+    images, state = torch.randn(2, 3, 8, 8), [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)]
+    bounds = {"low": torch.zeros(3), "high": torch.ones(3)}
+    with smi_kernels.record_operations() as operations:
+        smi_kernels.adam_clamp_(images, images.clone(), *state, step=1, lr=0.1, beta1=0.5, beta2=0.9, eps=0, **bounds)
+    assert [operation.name for operation in operations] == ["adam_clamp_"]
+    assert operations[0].bytes == 4 * (384 * 7 + 6)  # three read and written, the gradient read; two bounds of 3
+    assert operations[0].flops == 0
+
+
+@needs_operators
+def test_the_command_prints_a_table_or_json_and_writes_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "traces" / "one.json"
+    args = ["profile", "--batch-size", "2", "--kept", "16", "--trace", str(path), "--device", DEVICE]
+    shown = CliRunner().invoke(app, args)
+    assert shown.exit_code == 0, shown.output
+    assert "2 images, 16 patches" in shown.output and "iteration" in shown.output and "ceilings" in shown.output
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"block 0 forward", "block 3 backward", "pixel step"} <= names
+    found: dict[str, Any] = json.loads(CliRunner().invoke(app, [*args[:5], "--json", "--device", DEVICE]).output)
+    assert found["kept"] == 16 and found["trace"] is None
+    assert {"attention", "pixel_step", "norm_linear_gelu"} <= {row["name"] for row in found["rows"]}
+
+
+def test_what_cannot_be_profiled_is_said() -> None:
+    with pytest.raises(smi.SmiError, match=r"runs on timm's own modules here.*the reference was asked for"):
+        profile(smi.SparseModel(tiny(), backend="reference"))
+    wrong = CliRunner().invoke(app, ["profile", "--tool", "vtune"])
+    assert wrong.exit_code == 2 and "--tool is 'vtune'; expected proton or ncu" in wrong.output
+
+
+@needs_operators
+def test_the_number_of_patches_is_checked() -> None:
+    with pytest.raises(smi.SmiError, match="kept is 17; expected 1 to 16"):
+        profile(smi.SparseModel(tiny().to(DEVICE)), kept=17)
