@@ -15,6 +15,7 @@ import timm
 import torch
 
 import smi
+import smi_kernels
 
 
 def interleaved(
@@ -83,3 +84,67 @@ def _cpu_name() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def quantiles(
+    body: Callable[[], object],
+    device: torch.device,
+    rounds: int,
+    *,
+    repeats: int = 10,
+    cold: bool = False,
+    captured: bool = True,
+) -> dict[str, float]:
+    """Seconds of one call: ``median``, ``low`` (20 %) and ``high`` (80 %) over the rounds.
+
+    Args:
+        rounds: at least 5.
+        repeats: calls in a warm round; on a GPU they are one CUDA graph where they can be captured.
+        cold: evict everything before each call, which a round then makes once.
+        captured: whether a CUDA graph may be made of the calls.
+    """
+    body()
+    if cold:
+        seconds = _cold(body, device, rounds)
+    elif not captured:
+        seconds = [_waited(body, device, repeats) for _ in range(rounds)]
+    else:
+        try:
+            seconds = smi_kernels.timed(body, device, repeats, rounds)
+        except RuntimeError:  # not capturable
+            seconds = [_waited(body, device, repeats) for _ in range(rounds)]
+    ordered = sorted(seconds)
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[len(ordered) // 5],
+        "high": ordered[len(ordered) - 1 - len(ordered) // 5],
+    }
+
+
+def _waited(body: Callable[[], object], device: torch.device, repeats: int) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        body()
+    _wait(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _cold(body: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+    """Of single calls, each after as many bytes were written as any cache holds."""
+    evict = torch.empty(2**28 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(rounds):
+        evict.add_(1)
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()  # while the device still writes, so that the host is ahead
+            body()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            body()
+            seconds.append(time.perf_counter() - began)
+    return seconds

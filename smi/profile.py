@@ -15,7 +15,7 @@ from smi.config import Config
 from smi.errors import SmiError
 from smi.inversion import Inversion
 
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def profile(
     kept = max(1, patches // 4) if kept is None else kept
     if not 1 <= kept <= patches:
         raise SmiError(f"kept is {kept}; expected 1 to {patches}, the patches of {model.info.name}.")
-    inversion = _in_phase(model, batch_size, kept)
+    inversion = in_phase(model, batch_size, kept)
     with smi_kernels.record_operations() as operations:
         inversion.step()
-    copy, matmul = smi_kernels.ceilings(model.device, _DTYPES[model.precision])
+    copy, matmul = smi_kernels.ceilings(model.device, DTYPES[model.precision])
     with smi_kernels.use_backend(model.backend):
         for operation in operations:
             operation.measure(model.device, repeats)
@@ -143,7 +143,7 @@ def profile(
     )
 
 
-def _in_phase(model: SparseModel, batch_size: int, kept: int) -> Inversion:
+def in_phase(model: SparseModel, batch_size: int, kept: int) -> Inversion:
     """A running inversion that feeds `kept` patches; everything has run once, so nothing is left to compile."""
     patches = model.info.num_patches
     config = Config(iterations=10_000, ranking="auto", precision=model.precision)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from smi_kernels.marks import spans
     from smi_kernels.patch_embed.reference import augment, embed_patches, gather_patches, map_cells
     from smi_kernels.pixel_update.reference import patch_mask
-    from smi_kernels.profiling import ceilings, proton, record_operations
+    from smi_kernels.profiling import Operation, ceilings, proton, record_operations, timed
     from smi_kernels.vit import SparseViT
 
 _HOME = {
+    "Operation": "profiling",
     "PixelDescent": "descent",
     "SparseViT": "vit",
     "accelerate": "accelerated",
@@ -42,6 +43,7 @@ _HOME = {
     "record_operations": "profiling",
     "select_tokens": "api",
     "spans": "marks",
+    "timed": "profiling",
     "tv_l1": "api",
     "tv_l2": "api",
     "unsupported_reasons": "folding",
@@ -49,6 +51,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Operation",
     "PixelDescent",
     "SparseViT",
     "accelerate",
@@ -66,6 +69,7 @@ __all__ = [
     "record_operations",
     "select_tokens",
     "spans",
+    "timed",
     "tv_l1",
     "tv_l2",
     "unsupported_reasons",

@@ -35,6 +35,7 @@ class Operation:
         seconds: of one call, median; 0 before `measure`.
         kernels: names of the Triton kernels it launches.
         registers, shared: of the kernel with most: registers of a thread, bytes of shared memory; 0 if not known.
+        arguments: of the first call, by name; what it writes to is copied.
     """
 
     name: str
@@ -46,7 +47,19 @@ class Operation:
     kernels: tuple[str, ...] = ()
     registers: int = 0
     shared: int = 0
-    body: Callable[[], object] = field(repr=False, compare=False, default=lambda: None)
+    arguments: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+    function: Any = field(repr=False, compare=False, default=None)
+
+    def body(self) -> Any:
+        """The call once more."""
+        return self.function(**self.arguments)
+
+    def again(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """All that the call makes or changes, on fresh copies; computed in `dtype` if that is given."""
+        arguments = {name: _cast(value, dtype) for name, value in self.arguments.items()}
+        made = self.function(**arguments)
+        changed = [arguments[name] for name in _written(self.function) if arguments.get(name) is not None]
+        return [*(made if isinstance(made, tuple) else () if made is None else (made,)), *changed]
 
     def measure(self, device: torch.device, repeats: int = 20, rounds: int = 5) -> None:
         """Fill in `seconds` and, for kernels, what they need."""
@@ -147,42 +160,50 @@ class _Recorder(TorchDispatchMode):
                 max((tuple(t.shape) for t in tensors), key=prod),
                 0,
                 FLOPS.get(name, lambda *_: 0)(*args),
-                _bytes(func, args, kwargs, made),
-                body=_replay(func, args, kwargs),
+                _bytes(func, _by_name(func, args, kwargs), made),
+                arguments=_own(func, _by_name(func, args, kwargs)),
+                function=func,
             )
             self.operations.append(self._known[key])
         self._known[key].calls += 1
         return made
 
 
-def _replay(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], object]:
-    """The same call on copies of what it writes to, so that measuring leaves no trace."""
-    arguments = func._schema.arguments
-    written = {
-        argument.name for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    own = [
-        arg.clone() if argument.name in written and isinstance(arg, Tensor) else arg
-        for argument, arg in zip(arguments, args, strict=False)
-    ]
-    options = {k: v.clone() if k in written and isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    return lambda: func(*own, **options)
+def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
 
 
-def _bytes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> int:
-    name = func._schema.name.removeprefix("smi::")
+def _written(func: Any) -> list[str]:
+    """Names of the arguments that the operator changes."""
+    return [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _own(func: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, with copies of what is written to, so that measuring leaves no trace."""
+    written = _written(func)
+    return {k: v.clone() if k in written and isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True) if dtype is not None and value.is_floating_point() else value.clone()
+    if isinstance(value, torch.dtype) and dtype is not None:
+        return dtype
+    return value
+
+
+def _bytes(func: Any, given: dict[str, Any], made: Any) -> int:
+    name, written = func._schema.name.removeprefix("smi::"), _written(func)
     total = sum(t.nbytes for t in (made if isinstance(made, tuple) else (made,)) if isinstance(t, Tensor))
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    for argument in func._schema.arguments:
-        tensor = given.get(argument.name)
-        if not isinstance(tensor, Tensor) or argument.name in ("table", "history"):
+    for argument, tensor in given.items():
+        if not isinstance(tensor, Tensor) or argument in ("table", "history"):
             continue  # of tables an iteration touches one row
-        if (name, argument.name) == ("finish_prior_sums", "images"):
+        if (name, argument) == ("finish_prior_sums", "images"):
             continue  # a few borders at most
         size = tensor.nbytes
-        if name == "embed_tokens" and argument.name == "images" and given["keep"] is not None:
+        if (name, argument) == ("embed_tokens", "images") and given["keep"] is not None:
             size = size * given["keep"].shape[1] // given["position"].shape[0]  # kept patches alone are read
-        total += size * (2 if argument.alias_info is not None and argument.alias_info.is_write else 1)
+        total += size * (2 if argument in written else 1)
     return total
 
 

@@ -1,0 +1,90 @@
+"""What stands in front of the figures of single operators: rivals that compute the same, and a gate that shuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels import BACKENDS, DEVICE
+from small import tiny
+from torch import Tensor
+
+import smi
+import smi_kernels
+from benchmarks import operations, scaling, timing
+from smi.profile import in_phase
+
+pytestmark = pytest.mark.skipif(BACKENDS[-1] == "triton" and DEVICE == "cpu", reason="no compiled operators")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, smi_kernels.Operation]:
+    """The first call of every operator in an iteration."""
+    inversion = in_phase(smi.SparseModel(tiny().to(DEVICE)), 2, 5)
+    with smi_kernels.record_operations() as found:
+        inversion.step()
+    return {operation.name: operation for operation in reversed(found)}
+
+
+def test_every_operator_is_as_near_the_truth_as_plain_pytorch(recorded: dict[str, smi_kernels.Operation]) -> None:
+    for operation in recorded.values():
+        ours, plain = operations.errors(operation)
+        assert ours <= 4 * plain + 1e-6 and plain < 1e-5, operation.name
+
+
+def test_rivals_compute_the_same(recorded: dict[str, smi_kernels.Operation]) -> None:
+    out = recorded["attention"].body()
+    B, N, _, H, d = recorded["attention"].arguments["qkv"].shape
+    rivals = dict(operations.rivals(recorded["attention"]))
+    assert {"plain PyTorch", "SDPA math"} <= rivals.keys()
+    for name, body in rivals.items():
+        if name.startswith("SDPA"):
+            theirs: Any = body()
+            torch.testing.assert_close(theirs.transpose(1, 2).reshape(B, N, H * d), out, rtol=1e-4, atol=1e-5)
+    dqkv, _ = recorded["attention_dx"].body()
+    for name, body in operations.rivals(recorded["attention_dx"]):
+        if name.startswith("SDPA"):
+            theirs = body()
+            torch.testing.assert_close(
+                torch.stack([part.transpose(1, 2) for part in theirs], 2), dqkv, rtol=1e-3, atol=1e-6
+            )
+    product: Any = dict(operations.rivals(recorded["linear_dx"]))[operations.VENDOR]()
+    torch.testing.assert_close(product, recorded["linear_dx"].body(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_wrong_result_gets_no_ratio(recorded: dict[str, smi_kernels.Operation]) -> None:
+    good = recorded["linear_dx"]
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = good.function(*args, **kwargs)
+        return made if smi_kernels.backends.wanted() == "reference" else made * 1.001
+
+    wrong._schema = good.function._schema  # type: ignore[attr-defined]
+    bad = smi_kernels.Operation("linear_dx", (1,), 1, good.flops, good.bytes, arguments=good.arguments, function=wrong)
+    device = torch.device(DEVICE)
+    rows = [operations.measure(operation, device, (1e9, 1e9), rounds=5) for operation in (good, bad)]
+    assert [row["passes"] for row in rows] == [True, False]
+    shown = operations.table({"rows": rows}).splitlines()
+    assert operations.VENDOR in shown[1] and operations.VENDOR not in shown[2] and "FAILS: error 1.0e-03" in shown[2]
+
+
+def test_differences_within_the_spread_are_marked() -> None:
+    narrow, apart, over = ({"low": a, "high": b} for a, b in ((1.0, 1.1), (1.2, 1.3), (1.05, 2.0)))
+    assert operations.clear(narrow, apart) and operations.clear(apart, narrow) and not operations.clear(narrow, over)
+
+
+def test_quantiles_are_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, *(t for n in range(1, 11) for t in (100.0 * n, 100.0 * n + n))])
+    next(ticks)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    found = timing.quantiles(lambda: None, torch.device("cpu"), 10, repeats=1, captured=False)
+    assert found == {"median": 5.5, "low": 3.0, "high": 8.0}
+
+
+def test_exponents_are_slopes_of_the_upper_half() -> None:
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert scaling.exponent(sizes, [max(4.0, size**1.5) for size in sizes]) == pytest.approx(1.5)
+    assert scaling.exponent([2, 4], [3.0, 6.0]) == pytest.approx(1.0)
+    assert scaling.exponent([2], [3.0]) is None
+    assert [point.size for point in scaling.points("kept", few=False)] == [224, 224, 224, 320, 384, 512]
