@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smi.objectives import Context, Objective
     from smi.pool import Pool, PoolWriter
     from smi.state import ModelInfo, Phase, Result, WorkPlan
+    from smi.transfer import TransferConfig, teach
 
 _HOME = {
     "Config": "config",
@@ -39,10 +40,12 @@ _HOME = {
     "SmiError": "errors",
     "SparseModel": "adapters.timm",
     "SyntheticDataset": "dataset",
+    "TransferConfig": "transfer",
     "WorkPlan": "state",
     "invert": "inversion",
     "load_model": "models",
     "preset": "config",
+    "teach": "transfer",
 }
 
 __all__ = [
@@ -59,11 +62,13 @@ __all__ = [
     "SmiError",
     "SparseModel",
     "SyntheticDataset",
+    "TransferConfig",
     "WorkPlan",
     "__version__",
     "invert",
     "load_model",
     "preset",
+    "teach",
 ]
 
 

@@ -21,6 +21,7 @@ from smi._version import __version__
 from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options, parse_duration
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
+from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
@@ -317,7 +318,13 @@ def _plain(label: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-_WITH_OPTIONS = ((invert, InvertOptions), (plan, InvertOptions), (doctor, DoctorOptions), (profile, ProfileOptions))
+_WITH_OPTIONS = (
+    (invert, InvertOptions),
+    (plan, InvertOptions),
+    (doctor, DoctorOptions),
+    (transfer, TransferOptions),
+    (profile, ProfileOptions),
+)
 for _command_function, _options_class in _WITH_OPTIONS:
     app.command()(command_options(_options_class)(_command_function))
 

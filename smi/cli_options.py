@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
@@ -288,7 +288,12 @@ def command_options(kind: type[Any]) -> Callable[[Callable[[Any], None]], Callab
         call.__name__, call.__doc__ = command.__name__, command.__doc__
         call.__annotations__ = {field.name: hints[field.name] for field in fields(kind)}
         parameters = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                annotation=hints[f.name],
+            )
             for f in fields(kind)
         ]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

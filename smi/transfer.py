@@ -1,0 +1,366 @@
+"""Data-free knowledge transfer: a student learns from a pool of synthetic images what the teacher says of them.
+
+Hu et al., ICML 2024, section 4.2, in its offline form: the images are there, and the student sees them many times. It
+is taught the teacher's logits, stored beside the images, by the divergence of softened distributions (Hinton et al.,
+"Distilling the Knowledge in a Neural Network", 2015). A Vision Transformer is fed the kept patches alone, as the
+teacher was; any other network sees the image with something in place of the dropped ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi.adapters.timm import TokenFeed, resolve_device
+from smi.dataset import Fill, SyntheticDataset, open_filled
+from smi.errors import SmiError, did_you_mean
+from smi.pool import Pool, atomic_write, writing
+
+Mode = Literal["probe", "finetune"]
+Tokens = Literal["auto", "kept", "all"]
+_BEST, _LAST, _RECORD = "student.safetensors", "last.safetensors", "transfer.json"
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """How a student is taught; two runs with one config, pool and student give the same weights.
+
+    Attributes:
+        mode: ``probe`` trains the classifier alone, ``finetune`` everything.
+        tokens: ``kept`` feeds a Vision Transformer the kept patches, ``all`` the filled image; ``auto`` takes kept
+            wherever the student is a Vision Transformer on the pool's patch grid.
+        fill: what stands in dropped patches where they are seen.
+        epochs, batch_size: passes over the images, and images a step.
+        learning_rate: of AdamW, falling to 0 along a cosine; None is 1e-2 for ``probe`` and 5e-4 for ``finetune``.
+        weight_decay: of AdamW.
+        temperature: T of the softened distributions.
+        holdout: share of the images that are never trained on; the best student is chosen by them.
+        seed: of the split, the order of images, and dropout.
+    """
+
+    mode: Mode = "probe"
+    tokens: Tokens = "auto"
+    fill: Fill = "mean"
+    epochs: int = 50
+    batch_size: int = 64
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    temperature: float = 20.0
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("tokens", Tokens), ("fill", Fill)):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise SmiError(
+                    f"{name} is {value!r}; expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+                )
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SmiError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("learning_rate", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise SmiError(f"{name} is {value}; expected a positive number.")
+        if not 0 < self.holdout < 1:
+            raise SmiError(f"holdout is {self.holdout}; expected a share between 0 and 1.")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at the start."""
+        return self.learning_rate or {"probe": 1e-2, "finetune": 5e-4}[self.mode]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass: mean divergence on the images trained on and held out, and how often both say the same class."""
+
+    loss: float
+    holdout_loss: float
+    agreement: float
+
+
+@dataclass
+class Transfer:
+    """What `teach` returns.
+
+    Attributes:
+        path: the folder, with ``student.safetensors`` (a plain state dict of the best student), ``transfer.json``, and
+            ``last.safetensors``, from which an interrupted run goes on.
+        curve: every epoch.
+        best: number of the epoch whose student was kept, from 0: of highest agreement, then of lowest loss.
+        fed: ``kept`` or ``all``.
+    """
+
+    path: Path
+    curve: list[Epoch]
+    best: int
+    fed: str
+
+
+def teach(
+    student: nn.Module,
+    pool: Pool | str | Path,
+    out: str | Path,
+    config: TransferConfig | None = None,
+    *,
+    name: str = "",
+    device: str | torch.device = "auto",
+    progress: Callable[[int, Epoch], None] | None = None,
+) -> Transfer:
+    """Teach `student` what the teacher says of the images of `pool`; goes on where an earlier call was interrupted.
+
+    Args:
+        student: a timm model, or any that maps (B, C, H, W) to (B, classes) and, for ``probe``, has
+            ``get_classifier``. It is trained in place.
+        pool: of any strategy; the teacher itself is not needed.
+        out: folder for the results.
+        name: of the student, for the record.
+        progress: called with the number of each finished epoch and what it brought.
+
+    Raises:
+        SmiError: classes that differ from the teacher's, an input size that does not fit, a pool with too few images,
+            a folder that holds another run.
+    """
+    config, device = config or TransferConfig(), resolve_device(device)
+    pool = open_filled(pool, config.fill)
+    lessons = _Lessons(pool, config)
+    feed = _feed(student, pool, config)
+    out = Path(out)
+    identity = _identity(pool, config, name or type(student).__name__, student, feed.fed)
+    student.to(device)
+    trained = _trained(student, config)
+    optimizer = torch.optim.AdamW(trained, config.rate, weight_decay=config.weight_decay)
+    curve = _resume(out, identity, student, optimizer)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for number in range(len(curve), config.epochs):
+        epoch = _epoch(number, student, optimizer, lessons, feed, config, device)
+        curve.append(epoch)
+        with writing(out):
+            if _best(curve) == number:
+                atomic_write(out / _BEST, save(_plain(student), {"epoch": str(number)}))
+            atomic_write(out / _LAST, _checkpoint(student, optimizer, curve, identity))
+            atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+        if progress is not None:
+            progress(number, epoch)
+    feed.remove()
+    return Transfer(out, curve, _best(curve), feed.fed)
+
+
+class _Lessons:
+    """All images of a pool with the teacher's logits, split once and for all into those trained on and those not."""
+
+    def __init__(self, pool: Pool, config: TransferConfig) -> None:
+        dataset = SyntheticDataset(pool, fill=config.fill)
+        items = [dataset[i] for i in range(len(dataset))]
+        self.images = torch.stack([image for image, *_ in items])
+        self.keep = torch.stack([mask.nonzero().flatten() for _, mask, *_ in items])
+        self.logits = torch.stack([logits for *_, logits in items])
+        held = round(config.holdout * len(items))
+        if held < 1 or held >= len(items):
+            raise SmiError(
+                f"the pool has {len(items)} images, of which a share of {config.holdout:g} held out leaves {held} to "
+                f"choose a student by and {len(items) - held} to train on; make more images or change holdout."
+            )
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed))
+        self.held, self.taught = order[:held].sort().values, order[held:].sort().values
+
+
+class _Feed:
+    """Gives a student its images as it wants them.
+
+    Attributes:
+        fed: ``kept`` or ``all``.
+    """
+
+    def __init__(self, student: nn.Module, pool: Pool, slot: TokenFeed | None) -> None:
+        info, card = pool.info, resolve_model_data_config(student)
+        theirs = [torch.tensor(pair).view(-1, 1, 1) for pair in (info.mean, info.std)]
+        channels = len(info.mean)
+        ours = [torch.tensor(card[key][:channels]).view(-1, 1, 1) for key in ("mean", "std")]
+        # Of the same pixels: one network's normalisation undone, the other's done.
+        self._factor, self._shift = theirs[1] / ours[1], (theirs[0] - ours[0]) / ours[1]
+        self._student, self._slot = student, slot
+        self.fed = "all" if slot is None else "kept"
+
+    def __call__(self, lessons: _Lessons, chosen: Tensor, device: torch.device) -> Tensor:
+        """(B, classes) logits of the student."""
+        images = lessons.images[chosen] * self._factor + self._shift
+        if self._slot is not None:
+            self._slot.cells = lessons.keep[chosen].to(device)
+        logits: Tensor = self._student(images.to(device))
+        return logits
+
+    def remove(self) -> None:
+        if self._slot is not None:
+            self._slot.remove()
+
+
+def _feed(student: nn.Module, pool: Pool, config: TransferConfig) -> _Feed:
+    reasons = TokenFeed.reasons_against(student, pool.info)
+    if config.tokens == "kept" and reasons:
+        raise SmiError(f"the student cannot be fed kept patches alone: {'; '.join(reasons)}. Use tokens='all'.")
+    slot = TokenFeed(student) if config.tokens != "all" and not reasons else None
+    classes = getattr(student, "num_classes", pool.info.num_classes)
+    if classes != pool.info.num_classes:
+        raise SmiError(
+            f"the student has {classes} classes, the pool's teacher {pool.info.num_classes}; create the student with "
+            f"num_classes={pool.info.num_classes} (--num-classes)."
+        )
+    feed = _Feed(student, pool, slot)
+    student.eval()
+    if slot is not None:
+        slot.cells = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            student(torch.zeros(1, *pool.info.input_size, device=next(student.parameters()).device))
+    except (RuntimeError, AssertionError) as error:
+        size = " x ".join(map(str, pool.info.input_size[1:]))
+        raise SmiError(
+            f"the student does not take the pool's images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
+            f"Create it with img_size={pool.info.input_size[1]} (--img-size)."
+        ) from error
+    return feed
+
+
+def _trained(student: nn.Module, config: TransferConfig) -> list[nn.Parameter]:
+    if config.mode == "finetune":
+        student.requires_grad_(True)
+        return list(student.parameters())
+    head: Any = getattr(student, "get_classifier", lambda: None)()
+    parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
+    if not parameters:
+        raise SmiError("the student has no classifier to train alone; use mode='finetune'.")
+    student.requires_grad_(False)
+    head.requires_grad_(True)
+    return parameters
+
+
+def _epoch(
+    number: int,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lessons: _Lessons,
+    feed: _Feed,
+    config: TransferConfig,
+    device: torch.device,
+) -> Epoch:
+    """One pass over the images trained on, in an order of its own, then a look at those held out."""
+    draw = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+    order = lessons.taught[torch.randperm(len(lessons.taught), generator=draw)]
+    steps = math.ceil(len(order) / config.batch_size)
+    student.train(config.mode == "finetune")  # a probe's backbone keeps the statistics it came with
+    total = 0.0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed * 1_000_003 + number)  # of dropout
+        for step, chosen in enumerate(order.split(config.batch_size)):
+            done = (number + step / steps) / config.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate * 0.5 * (1 + math.cos(math.pi * done))
+            loss = divergence(feed(lessons, chosen, device), lessons.logits[chosen].to(device), config.temperature)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(chosen)
+    student.eval()
+    held = 0.0
+    same = 0
+    with torch.no_grad():
+        for chosen in lessons.held.split(config.batch_size):
+            logits, wanted = feed(lessons, chosen, device), lessons.logits[chosen].to(device)
+            held += divergence(logits, wanted, config.temperature).item() * len(chosen)
+            same += int((logits.argmax(1) == wanted.argmax(1)).sum())
+    if not math.isfinite(total + held):
+        raise SmiError(f"the loss of epoch {number} is not finite; use a lower learning_rate than {config.rate:g}.")
+    return Epoch(total / len(order), held / len(lessons.held), same / len(lessons.held))
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(logits / T))``, mean over the batch (Hinton et al., 2015, section 2)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    student = F.log_softmax(logits.to(wide) / temperature, dim=1)
+    wanted = F.log_softmax(teacher.to(wide) / temperature, dim=1)
+    return F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _best(curve: list[Epoch]) -> int:
+    return min(range(len(curve)), key=lambda n: (-curve[n].agreement, curve[n].holdout_loss, n))
+
+
+def _plain(student: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+
+
+def _identity(pool: Pool, config: TransferConfig, name: str, student: nn.Module, fed: str) -> dict[str, Any]:
+    """What has to be the same for a run to go on; the student's first weights among it."""
+    digest = hashlib.sha256()
+    for key, value in sorted(_plain(student).items()):
+        digest.update(key.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "student": name,
+        "weights_sha256": digest.hexdigest(),
+        "teacher": pool.info.name,
+        "teacher_sha256": pool.info.weights_sha256,
+        "pool": hashlib.sha256(json.dumps(pool.manifest, sort_keys=True).encode()).hexdigest(),
+        "images": len(pool),
+        "fed": fed,
+        "config": asdict(config),
+    }
+
+
+def _checkpoint(
+    student: nn.Module, optimizer: torch.optim.Optimizer, curve: list[Epoch], identity: dict[str, Any]
+) -> bytes:
+    tensors = {f"student.{key}": value for key, value in _plain(student).items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    words = {"identity": json.dumps(identity), "curve": json.dumps([asdict(epoch) for epoch in curve])}
+    return save(tensors, words)
+
+
+def _resume(out: Path, identity: dict[str, Any], student: nn.Module, optimizer: torch.optim.Optimizer) -> list[Epoch]:
+    """Take up the state in `out`; the epochs it holds."""
+    if not (out / _LAST).is_file():
+        return []
+    try:
+        with safe_open(out / _LAST, framework="pt") as file:
+            words = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dictionary
+        theirs, curve = json.loads(words["identity"]), [Epoch(**entry) for entry in json.loads(words["curve"])]
+    except Exception as error:
+        raise SmiError(f"{str(out / _LAST)!r} is damaged ({error}); remove it to begin again.") from error
+    for key in identity:
+        if theirs.get(key) != identity[key]:
+            raise SmiError(
+                f"{str(out)!r} holds another run: its {key} is {theirs.get(key)!r}, this one's {identity[key]!r}. "
+                f"Choose another folder."
+            )
+    student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return curve
+
+
+def _record(identity: dict[str, Any], config: TransferConfig, curve: list[Epoch]) -> str:
+    best = _best(curve)
+    record = {**identity, "epochs": len(curve), "best": best, "agreement": curve[best].agreement}
+    return json.dumps({**record, "curve": [asdict(epoch) for epoch in curve]}, indent=2) + "\n"

@@ -1,0 +1,218 @@
+"""Knowledge transfer: what the student is fed and taught, that it learns, goes on after a kill, and refuses clearly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from small import one_thread, tiny  # noqa: F401
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import smi
+from smi.cli import app
+from smi.dataset import SyntheticDataset
+from smi.pool import Pool, PoolWriter
+from smi.transfer import TransferConfig, divergence, teach
+
+SHORT = TransferConfig(epochs=3, batch_size=8, holdout=0.25)
+IMAGES, CLASSES = 32, 5
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 noisy images of a random teacher, some patches kept, and its logits eight times as large."""
+    path = tmp_path_factory.mktemp("pools") / "noise"
+    model = smi.SparseModel(tiny(num_classes=CLASSES), name="teacher")
+    config = smi.Config(iterations=2, prune_at=(1,), prune_ratio=(0.6,), batch_size=16)
+    plan = smi.WorkPlan(tuple(i % CLASSES for i in range(IMAGES)), 16)
+    writer = PoolWriter(path, info=model.info, config=config, plan=plan, device="cpu")
+    for batch in writer.missing:
+        numbers = plan.batch(batch)
+        result = smi.invert(model, [plan.targets[i] for i in numbers], config, indices=list(numbers))
+        writer.write(batch, replace(result, logits=8 * result.logits))
+    return path
+
+
+def student() -> nn.Module:
+    return tiny(num_classes=CLASSES, depth=1)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --- what is taught ---
+
+
+def test_the_loss_is_the_divergence_of_softened_distributions() -> None:
+    logits, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    expected = 0.0
+    for ours, theirs in zip(logits, teacher, strict=True):
+        p, q = (theirs / 20).softmax(0), (ours / 20).softmax(0)
+        expected += sum(float(a) * (float(a.log()) - float(b.log())) for a, b in zip(p, q, strict=True)) * 400 / 3
+    assert divergence(logits, teacher, 20.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["kept", "all"])
+def test_the_first_loss_is_that_of_the_student_as_it_came(pool: Path, tmp_path: Path, tokens: Any) -> None:
+    """With no step to speak of; kept patches fed, or the whole image with the mean in dropped ones."""
+    model, data = student(), SyntheticDataset(pool, fill="mean")
+    config = TransferConfig(epochs=1, batch_size=64, holdout=0.25, tokens=tokens, learning_rate=1e-12)
+    found = teach(model, pool, tmp_path, config)
+    assert found.fed == tokens
+    held = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:8].tolist()
+    images, masks, _, wanted = (torch.stack(part) for part in zip(*(data[i] for i in held), strict=True))
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images))  # type: ignore[operator]
+        if tokens == "kept":
+            x = torch.cat([x[:, :1], x[:, 1:][masks].view(len(x), -1, x.shape[-1])], 1)
+        logits = model.forward_head(model.norm(model.blocks(x)))  # type: ignore[operator]
+    assert found.curve[0].holdout_loss == pytest.approx(divergence(logits, wanted, 20.0).item(), rel=1e-4)
+    assert found.curve[0].agreement == (logits.argmax(1) == wanted.argmax(1)).float().mean().item()
+    assert not hasattr(model.patch_drop, "cells"), "the student feeds all patches again"
+
+
+def test_pixels_of_dropped_patches_do_not_reach_a_student_that_is_fed_kept_ones(pool: Path, tmp_path: Path) -> None:
+    found = [
+        teach(
+            student(),
+            pool,
+            tmp_path / f"{fill} {tokens}",
+            TransferConfig(epochs=2, batch_size=8, fill=fill, tokens=tokens),
+        ).curve
+        for fill, tokens in (("black", "kept"), ("noise", "kept"), ("black", "all"), ("noise", "all"))
+    ]
+    assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
+
+
+def test_other_networks_see_the_filled_image_in_their_own_normalisation(pool: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seen = []
+    cnn = timm.create_model("resnet10t", num_classes=CLASSES)
+    cnn.pretrained_cfg = {**cnn.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    hook = cnn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = teach(cnn, pool, tmp_path, TransferConfig(epochs=1, batch_size=64, mode="finetune", fill="mean"))
+    hook.remove()
+    assert found.fed == "all"
+    info, data = Pool(pool).info, SyntheticDataset(pool, fill="mean")
+    held = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:3].sort().values
+    theirs = torch.stack([data[int(i)][0] for i in held])
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
+    expected = (theirs * std + mean - torch.tensor([0.1, 0.2, 0.3]).view(-1, 1, 1)) / torch.tensor(
+        [0.5, 0.6, 0.7]
+    ).view(-1, 1, 1)
+    torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what is learnt ---
+
+
+def test_a_probe_changes_the_classifier_alone_and_finetuning_everything(pool: Path, tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in student().state_dict().items()}
+    for mode in ("probe", "finetune"):
+        model = student()
+        teach(model, pool, tmp_path / mode, TransferConfig(**{**SHORT.__dict__, "mode": mode}))
+        changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+        assert changed == ({"head.weight", "head.bias"} if mode == "probe" else set(before))
+
+
+def test_a_student_learns_what_the_teacher_says(pool: Path, tmp_path: Path) -> None:
+    config = TransferConfig(epochs=60, batch_size=8, mode="finetune", learning_rate=3e-3, holdout=0.1)
+    found = teach(student(), pool, tmp_path, config)
+    assert found.curve[-1].loss < 0.3 * found.curve[0].loss
+    data = SyntheticDataset(pool, fill="mean")
+    best = student()
+    best.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    wanted = min(range(60), key=lambda n: (-found.curve[n].agreement, found.curve[n].holdout_loss))
+    assert found.best == wanted
+    held = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:3].tolist()
+    images, masks, _, logits = (torch.stack(part) for part in zip(*(data[i] for i in held), strict=True))
+    keep = torch.stack([mask.nonzero().flatten() for mask in masks])
+    ours, _ = smi.SparseModel(best, backend="reference").feed(images, keep)
+    assert (ours.argmax(1) == logits.argmax(1)).float().mean().item() == found.curve[wanted].agreement
+    assert F.mse_loss(ours, logits).isfinite()
+
+
+# --- files ---
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> None:
+    config = TransferConfig(epochs=4, batch_size=8, mode="finetune")
+    whole = teach(student(), pool, tmp_path / "whole", config)
+
+    def stop(number: int, _: object) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(student(), pool, tmp_path / "parts", config, progress=stop)
+    told: list[int] = []
+    parts = teach(student(), pool, tmp_path / "parts", config, progress=lambda number, _: told.append(number))
+    assert told == [2, 3] and parts.curve == whole.curve and parts.best == whole.best
+    for name in ("student.safetensors", "last.safetensors"):
+        assert same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))
+    record = json.loads((tmp_path / "parts" / "transfer.json").read_text())
+    assert record["epochs"] == 4 and record["teacher"] == "teacher" and len(record["curve"]) == 4
+    again = teach(student(), pool, tmp_path / "parts", config, progress=lambda *_: pytest.fail("it was done"))
+    assert again.curve == whole.curve
+
+
+# --- bad input ---
+
+
+def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
+    for change, complaint in (
+        ({"mode": "tune"}, r"mode is 'tune'; expected one of probe, finetune"),
+        ({"temperature": 0}, r"temperature is 0; expected a positive number"),
+        ({"holdout": 1.0}, r"holdout is 1.0; expected a share between 0 and 1"),
+        ({"epochs": 0}, r"epochs is 0; expected at least 1"),
+    ):
+        with pytest.raises(smi.SmiError, match=complaint):
+            TransferConfig(**change)  # type: ignore[arg-type]
+    with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the pool's teacher 5; .*--num-classes"):
+        teach(tiny(num_classes=4), pool, tmp_path)
+    with pytest.raises(smi.SmiError, match=r"does not take the pool's images of 16 x 16 pixels: .*--img-size"):
+        teach(tiny(num_classes=CLASSES, img_size=32), pool, tmp_path)
+    with pytest.raises(
+        smi.SmiError, match=r"kept patches alone: its patches lie on a grid of 2 x 2, the pool's on 4 x 4"
+    ):
+        teach(tiny(num_classes=CLASSES, patch_size=8), pool, tmp_path, TransferConfig(tokens="kept"))
+    with pytest.raises(smi.SmiError, match=r"32 images, of which a share of 0.01 held out leaves 0"):
+        teach(student(), pool, tmp_path, TransferConfig(holdout=0.01))
+    with pytest.raises(smi.SmiError, match=r"no classifier to train alone; use mode='finetune'"):
+        teach(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, CLASSES)), pool, tmp_path)
+
+
+def test_a_folder_of_another_run_or_a_damaged_one_is_refused(pool: Path, tmp_path: Path) -> None:
+    teach(student(), pool, tmp_path, SHORT)
+    other: Any = student()
+    other.head.bias.data.add_(1)
+    with pytest.raises(smi.SmiError, match=r"holds another run: its weights_sha256"):
+        teach(other, pool, tmp_path, SHORT)
+    with pytest.raises(smi.SmiError, match=r"holds another run: its config"):
+        teach(student(), pool, tmp_path, TransferConfig(**{**SHORT.__dict__, "seed": 3}))
+    (tmp_path / "last.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(smi.SmiError, match=r"last.safetensors' is damaged .*; remove it to begin again"):
+        teach(student(), pool, tmp_path, SHORT)
+
+
+def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path) -> None:
+    args = [
+        "transfer", "resnet10t", "--no-pretrained", "--num-classes", str(CLASSES), "--pool", str(pool), "--out",
+        str(tmp_path / "r10"), "--epochs", "2", "--mode", "finetune", "--device", "cpu",
+    ]  # fmt: skip
+    shown = CliRunner().invoke(app, args)
+    assert shown.exit_code == 0, shown.output
+    assert "resnet10t, fed all patches: epoch" in shown.output and "student.safetensors" in shown.output
+    found = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
+    assert len(found["curve"]) == 2 and found["fed"] == "all"
+    wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
+    assert wrong.exit_code == 2 and "mode is 'teach'" in wrong.output
