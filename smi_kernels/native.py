@@ -66,12 +66,17 @@ def call(name: str, dtype: torch.dtype, *args: Any) -> None:
 
     Raises:
         ValueError: a tensor that is not contiguous, on another device, or floating and of another dtype.
+        MemoryError: no room for intermediate results.
     """
     key = (name, dtype)
     function = _functions.get(key)
     if function is None:
         function = _functions[key] = _operator(name, dtype, args)
     function(*[_value(name, dtype, arg) for arg in args])
+    failed = _failed()
+    if failed.value:
+        failed.value = 0
+        raise MemoryError(f"{name} found no memory for its intermediate results.")
 
 
 def call_untyped(name: str, *args: Any) -> None:
@@ -172,6 +177,11 @@ def _library() -> Any:
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
     library.smi_use_threads(torch_library.torch_parallel_for)
     return library
+
+
+@functools.cache
+def _failed() -> Any:
+    return ctypes.c_int32.in_dll(_library(), "smi_failed")
 
 
 def _text(function: Any) -> str:

@@ -150,6 +150,15 @@ def test_the_caller_of_the_library_is_checked_too() -> None:
         native.call("prior_sum", torch.float32)
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process instead")
+@pytest.mark.parametrize("images", [1, 2], ids=["this thread", "others"])
+def test_no_memory_is_an_error_and_not_the_end(images: int) -> None:
+    one = torch.zeros(images, 1)
+    with pytest.raises(MemoryError, match="select_tokens found no memory"):
+        native.call("select_tokens", torch.float32, one, one.long(), one.long(), images, 2**45, 1)
+    assert run("select_tokens", good("select_tokens")).shape == (2, 2)
+
+
 # --- the same bits ---
 
 

@@ -13,7 +13,30 @@ namespace smi {
 
 ParallelFor parallel_for = nullptr;
 
+}  // namespace smi
+
+#define SMI_PUBLIC extern "C" __attribute__((visibility("default")))
+
+SMI_PUBLIC int32_t smi_failed;
+int32_t smi_failed = 0;  // Python looks at it after each call, and sets it back
+
+namespace smi {
 namespace {
+
+// `F`, from which no exception gets out: scratch memory is all that can fail.
+template <auto F>
+struct Guarded;
+
+template <typename... Arguments, void (*F)(Arguments...)>
+struct Guarded<F> {
+  static void call(Arguments... arguments) {
+    try {
+      F(arguments...);
+    } catch (...) {
+      smi_failed = 1;
+    }
+  }
+};
 
 struct Operator {
   const char* name;
@@ -21,7 +44,10 @@ struct Operator {
 };
 
 #define SMI_OPERATOR(name) \
-  { #name, reinterpret_cast<void*>(&name<float>), reinterpret_cast<void*>(&name<double>) }
+  {                                                                        \
+    #name, reinterpret_cast<void*>(&Guarded<&name<float>>::call),          \
+        reinterpret_cast<void*>(&Guarded<&name<double>>::call)             \
+  }
 
 const Operator OPERATORS[] = {
     SMI_OPERATOR(adam_clamp),
@@ -49,8 +75,6 @@ const Operator OPERATORS[] = {
 
 }  // namespace
 }  // namespace smi
-
-#define SMI_PUBLIC extern "C" __attribute__((visibility("default")))
 
 // The function `name` for numbers of `bytes` bytes, or nullptr.
 SMI_PUBLIC void* smi_operator(const char* name, int32_t bytes) {

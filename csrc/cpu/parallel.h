@@ -21,10 +21,11 @@ void parallel(int64_t count, int64_t grain, const F& body) {
     body(int64_t{0}, count);
     return;
   }
-  parallel_for(
+  const int32_t failed = parallel_for(
       0, count, grain,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<F*>(&body));
+  if (failed != 0) throw std::bad_alloc();  // nothing else is thrown in a body
 }
 
 // `size` numbers that this thread keeps until it asks again for the same Slot.
