@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,13 @@ class BuildNative(build_ext):
     def run(self) -> None:
         print(*PLAN.lines, sep="\n", flush=True)
         here = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        self._made = native.build(here / FOLDER, ROOT / "build" / "native", PLAN)
+        try:
+            self._made = native.build(here / FOLDER, ROOT / "build" / "native", PLAN)
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                "The native operators do not compile here, see above. SMI_NATIVE=0 installs without them, "
+                "SMI_NATIVE=cpu without those for GPUs."
+            ) from None
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in getattr(self, "_made", [])]
