@@ -1,6 +1,6 @@
 """How the native operators are built: compilers, flags, targets. setup.py, make and the tests all ask here.
 
-    python csrc/build.py --out DIR [--sanitize]
+    python csrc/build.py --out DIR [--sanitize | --emulate]
 
 One library for each instruction set of the CPU, so that one build runs everywhere and at full speed, and one for NVIDIA
 GPUs where there is nvcc. None of them includes or links PyTorch: addresses and sizes come from Python.
@@ -32,6 +32,11 @@ CXX_FLAGS = [
     *WARNINGS,
 ]
 SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+EMULATE = [
+    *("-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-fvisibility=hidden", "-DSMI_EMULATE"),
+    *WARNINGS,
+    "-Wno-unknown-pragmas",  # loops to unroll
+]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"),
@@ -153,6 +158,29 @@ def build(out: Path, work: Path, what: Plan, sanitize: bool = False) -> list[Pat
     return [Path(shutil.copy2(work / name, out / name)) for name in made]
 
 
+def build_emulated(out: Path, cxx: str, races: str | None = None) -> Path:
+    """The CUDA operators as a library for the host, threads for threads (csrc/cuda/emulate.h). For tests alone.
+
+    Args:
+        cxx: a compiler of C++20.
+        races: instead a program that runs every kernel under this sanitizer, ``thread`` or ``address``.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed, and said why.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / (f"cuda_{races}_{sources_hash()}" if races else f"cuda_emulated_{sources_hash()}.so")
+    if path.is_file():
+        return path
+    made = path.with_suffix(f".{os.getpid()}")
+    kind = [f"-fsanitize={races}", "-fno-omit-frame-pointer"] if races else ["-shared"]
+    defines = [f'-DSMI_SOURCES="{sources_hash()}"', f'-DSMI_COMPILER="{_version(cxx)}"']
+    source = HERE / "cuda" / ("races.cpp" if races else "operators.cu")
+    subprocess.run([cxx, *EMULATE, *kind, *defines, "-x", "c++", str(source), "-o", str(made)], check=True)
+    os.replace(made, path)
+    return path
+
+
 def _cxx() -> str | None:
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
@@ -192,8 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the libraries")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument("--emulate", action="store_true", help="only the CUDA operators, for the host: tests")
     options = parser.parse_args()
     what = plan()
+    if options.emulate:
+        if what.cxx is None:
+            raise SystemExit("; ".join(what.lines))
+        print(build_emulated(options.out, what.cxx))
+        return
     print(*what.lines, sep="\n")
     work = HERE.parent / "build" / ("sanitized" if options.sanitize else "native")
     for path in build(options.out, work, what, options.sanitize):

@@ -32,7 +32,7 @@ class Backend:
 
     Attributes:
         name: ``reference`` is plain PyTorch and defines what is correct; ``triton`` is kernels for GPUs, ``cpu`` and
-            ``cuda`` are compiled operators.
+            ``cuda`` are compiled operators. ``cuda`` selects tokens and steps pixels; Triton kernels do all else.
         live: whether the public functions of `smi_kernels` can run on it here and now.
         reason: why it is live, or everything that stands against it, separated by semicolons.
     """
@@ -47,7 +47,7 @@ def status() -> list[Backend]:
     import torch
 
     found = [Backend("reference", True, f"PyTorch {torch.__version__}")]
-    for name, about in (("triton", _about_triton), ("cpu", _about_cpu), ("cuda", _about_triton)):
+    for name, about in (("triton", _about_triton), ("cpu", _about_cpu), ("cuda", _about_cuda)):
         reasons = reasons_against(name)
         found.append(Backend(name, not reasons, "; ".join(reasons) or about()))
     return found
@@ -70,7 +70,18 @@ def reasons_against(name: str, device: torch.device | None = None) -> list[str]:
             *([f"its operators are for CPUs, not for {device}"] if elsewhere else []),
         ]
     if name == "cuda":
-        return ["this version has no compiled operators", *_missing_nvcc(), *_without_gpu()]
+        from smi_kernels import native_cuda
+
+        against = native_cuda.reasons_against()
+        elsewhere = device is not None and device.type != "cuda"
+        return [
+            *against,
+            *(_missing_nvcc() if against else []),
+            *_without_triton(),
+            *([f"its operators are for GPUs, not for {device}"] if elsewhere else []),
+            *(_not_for(device) if device is not None and not elsewhere else []),
+            *_no_gpu(),
+        ]
     raise ValueError(f"backend is {name!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
 
 
@@ -118,6 +129,7 @@ def choose(device: torch.device) -> str:
 
 def preferred(device: torch.device) -> str:
     """What ``auto`` runs on tensors of `device`, if it can."""
+    # Not "cuda" until timings on a GPU say that its operators are the faster ones.
     return "triton" if device.type == "cuda" else "cpu"
 
 
@@ -147,10 +159,12 @@ def _not_for(device: torch.device) -> list[str]:
 
 
 def _without_gpu() -> list[str]:
+    return [] if interpreted() else _no_gpu()
+
+
+def _no_gpu() -> list[str]:
     import torch
 
-    if interpreted():
-        return []
     # device_count asks NVML first; is_available would initialise the driver.
     if torch.version.cuda is None and torch.version.hip is None:
         return [f"torch {torch.__version__} is built without GPU support"]
@@ -175,6 +189,12 @@ def _about_cpu() -> str:
     from smi_kernels import native
 
     return native.about()
+
+
+def _about_cuda() -> str:
+    from smi_kernels import native_cuda
+
+    return f"{native_cuda.about()}; all else {_about_triton()}"
 
 
 def _missing_compiler() -> list[str]:

@@ -1,14 +1,15 @@
 """Every operation as a registered torch operator: schema, shapes of its results, and which implementation runs.
 
-``torch.ops.smi.<name>`` runs `<name>` of ``<folder>/reference.py``, ``<folder>/kernels.py`` (Triton) or
-``<folder>/cpu.py`` (compiled), which have one signature; `smi_kernels.backends.choose` decides. Nothing here imports
-Triton.
+``torch.ops.smi.<name>`` runs `<name>` of ``<folder>/reference.py``, ``<folder>/kernels.py`` (Triton),
+``<folder>/cpu.py`` or ``<folder>/cuda.py`` (compiled), which have one signature; `smi_kernels.backends.choose` decides.
+Where a folder has no ``cuda.py``, backend ``cuda`` runs its Triton kernels. Nothing here imports Triton.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from smi_kernels.linear.reference import STAT_CHUNK
 
 _library = torch.library.Library("smi", "DEF")
 OPERATORS: dict[str, str] = {}
-_MODULES = {"reference": "reference", "triton": "kernels", "cpu": "cpu"}
+_MODULES = {"reference": "reference", "triton": "kernels", "cpu": "cpu", "cuda": "cuda"}
 
 
 def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,7 +59,10 @@ def _recordable(folder: str, name: str, fake: Callable[..., Any]) -> Callable[..
 
 @functools.cache
 def _implementation(folder: str, backend: str) -> Any:
-    return importlib.import_module(f"smi_kernels.{folder}.{_MODULES[backend]}")
+    module = f"smi_kernels.{folder}.{_MODULES[backend]}"
+    if backend == "cuda" and importlib.util.find_spec(module) is None:
+        module = f"smi_kernels.{folder}.kernels"
+    return importlib.import_module(module)
 
 
 def _chunks(width: int) -> int:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ from torch import Tensor
 
 from smi_kernels import native
 
+ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On which the same results are to be had here: a GPU has its Triton kernels, a CPU has them interpreted.
 BACKENDS = ["reference", "triton", *(["cpu"] if DEVICE == "cpu" and not native.reasons_against() else [])]
@@ -21,13 +28,16 @@ BACKENDS = ["reference", "triton", *(["cpu"] if DEVICE == "cpu" and not native.r
 class Kernels:
     """The implementation of a folder of operations that the running test is about: Triton kernels, or compiled.
 
-    A test module that holds one is run for both; a test marked ``triton`` for Triton kernels alone.
+    A test module that holds one is run for both; a test marked ``triton`` for Triton kernels alone, one marked
+    ``native_cuda`` for the CUDA operators too, which the host emulates where there is no GPU.
     """
 
     module = "kernels"
 
     def __init__(self, folder: str, triton: str = "kernels") -> None:
         self._modules = {"kernels": f"smi_kernels.{folder}.{triton}", "cpu": f"smi_kernels.{folder}.cpu"}
+        native = f"smi_kernels.{folder}.cuda"
+        self._modules["cuda"] = native if importlib.util.find_spec(native) else self._modules["kernels"]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self._modules[Kernels.module]), name)
@@ -36,6 +46,32 @@ class Kernels:
 def launched(names: list[str]) -> list[str]:
     """The launches to expect: Triton kernels of these names, or none of compiled operators."""
     return names if Kernels.module == "kernels" else []
+
+
+def builder() -> ModuleType:
+    """``csrc/build.py``."""
+    name = "tests_native_build"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / "build.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@functools.cache
+def emulated(races: str | None = None) -> Path | str:
+    """The CUDA operators for the host, as `build_emulated` makes them, or why they cannot be had."""
+    build = builder()
+    cxx = build._cxx()
+    if cxx is None:
+        return "no C++ compiler"
+    probe = "#include <barrier>\n#include <atomic>\nint main() { int i = 0; return std::atomic_ref<int>(i); }"
+    flags = ["-std=c++20", "-pthread", *([f"-fsanitize={races}"] if races else []), "-x", "c++", "-", "-o", "/dev/null"]
+    found = subprocess.run([cxx, *flags], input=probe, capture_output=True, text=True)
+    if found.returncode:
+        return f"{cxx} cannot build the emulator: {found.stderr.strip().splitlines()[-1]}"
+    return build.build_emulated(ROOT / "build" / "emulated", cxx, races)
 
 
 @contextlib.contextmanager

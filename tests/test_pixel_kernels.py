@@ -169,6 +169,7 @@ def autograd(case: Case, iterations: int) -> dict[str, Tensor]:
     return {"images": parameter.detach(), **moments, "sums": sums, "history": torch.stack(history)}
 
 
+@pytest.mark.native_cuda
 @pytest.mark.parametrize("module", [reference, kernels], ids=["reference", "kernels"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loop_is_autograd_and_adam(case: Case, module: Any) -> None:
@@ -182,6 +183,7 @@ def test_the_loop_is_autograd_and_adam(case: Case, module: Any) -> None:
     assert clamped.any(), "nothing was clamped"
 
 
+@pytest.mark.native_cuda
 def test_float32_is_as_exact_as_plain_pytorch() -> None:
     case = Case((2, 2, 20, 12), (4, 6), 5, group=2)
     exact, plain = descend(reference, case, 2), descend(reference, case, 2, torch.float32)
@@ -215,6 +217,7 @@ def step_once(module: Any, case: Case, dtype: torch.dtype, **changed: Any) -> li
     return [new, given["exp_avg"], given["exp_avg_sq"], module.finish_prior_sums(new, row_sums, None)]
 
 
+@pytest.mark.native_cuda
 def test_frozen_pixels_keep_every_bit() -> None:
     case = Case((2, 1, 18, 10), (6, 5), 2, group=1, frozen=True)
     keep = case.keep()
@@ -233,6 +236,7 @@ def test_frozen_pixels_keep_every_bit() -> None:
         assert not (now[~still] == before[~still]).any()
 
 
+@pytest.mark.native_cuda
 def test_a_group_alone_has_the_same_bits() -> None:
     case = Case((3, 1, 18, 6), (6, 3), 2, group=2, shared=True)
     together, table = descend(kernels, case, 2, torch.float32), case.table(2)
@@ -254,6 +258,7 @@ def test_a_group_alone_has_the_same_bits() -> None:
         assert torch.equal(exp_avg_sq, together["exp_avg_sq"][part])
 
 
+@pytest.mark.native_cuda
 def test_constant_images_stay() -> None:
     """All differences and norms are zero, and so is their gradient."""
     images = torch.zeros(2, 1, 18, 6, device=DEVICE)
@@ -271,6 +276,7 @@ def test_constant_images_stay() -> None:
     assert not any(tensor.any() for tensor in step_once(kernels, case, torch.float32, **still))
 
 
+@pytest.mark.native_cuda
 @pytest.mark.parametrize("where", ["images", "d_patches", "d_images"])
 def test_not_a_number_stays_visible(where: str) -> None:
     case = Case((1, 1, 6, 6), (3, 3), 2, group=1)
@@ -282,6 +288,7 @@ def test_not_a_number_stays_visible(where: str) -> None:
         assert now.isnan().any() and torch.equal(now.isnan(), then.isnan())
 
 
+@pytest.mark.native_cuda
 def test_any_strides() -> None:
     case = Case((2, 2, 6, 6), (3, 3), 2, group=1)
 
@@ -393,6 +400,7 @@ def test_tables_are_read_and_written_at_the_step_and_never_beyond(module: Any, r
         assert (torch.cat([history[:row], history[row + 1 :]]) == 7).all()
 
 
+@pytest.mark.native_cuda
 def test_only_a_given_step_is_counted() -> None:
     images = normal(2, 1, 18, 6)
     row_sums = torch.zeros(2, 1, 18, 9, dtype=torch.float64, device=DEVICE)

@@ -39,6 +39,7 @@ def check_selection(scores: Tensor, keep: Tensor, count: int) -> None:
 # --- select_tokens ---
 
 
+@pytest.mark.native_cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [1, 2, 17, 46, 47])
 def test_selects_what_the_reference_selects(K: int, dtype: torch.dtype) -> None:
@@ -47,6 +48,7 @@ def test_selects_what_the_reference_selects(K: int, dtype: torch.dtype) -> None:
         check_selection(scores, kept(3, K), count)
 
 
+@pytest.mark.native_cuda
 @pytest.mark.parametrize(
     "row",
     [
@@ -68,6 +70,7 @@ def test_ties_and_extremes_for_every_count(row: list[float], dtype: torch.dtype)
         check_selection(scores, kept(2, 9), count)
 
 
+@pytest.mark.native_cuda
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from([-INF, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, INF, NAN]), min_size=1, max_size=33),
@@ -78,12 +81,14 @@ def test_random_ties(row: list[float], share: float) -> None:
     check_selection(torch.tensor([row], device=DEVICE), kept(1, len(row)), count)
 
 
+@pytest.mark.native_cuda
 def test_4096_tokens_with_blocks_of_ties() -> None:
     scores = random(1, 4096).mul(2).round()
     for count in (1, 1000, 4096):
         check_selection(scores, kept(1, 4096), count)
 
 
+@pytest.mark.native_cuda
 def test_strided_inputs_one_launch_and_the_same_bits_twice() -> None:
     scores, keep = random(10, 6).T[::2], kept(6, 20)[::2, ::2]
     assert not scores.is_contiguous() and not keep.is_contiguous()
@@ -94,6 +99,7 @@ def test_strided_inputs_one_launch_and_the_same_bits_twice() -> None:
     check_selection(scores, keep, 4)
 
 
+@pytest.mark.native_cuda
 def test_no_images() -> None:
     empty = torch.empty(0, 7, device=DEVICE)
     assert kernels.select_tokens(empty, empty.long(), 3).shape == (0, 3)

@@ -147,12 +147,13 @@ class SparseModel:
             attention pooling's, else the attention each patch receives in the last block.
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says.
-        backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``reference``
-            timm's own modules; ``auto`` takes what is made for the device where it can run this model.
+        backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``cuda`` both
+            on a GPU, ``reference`` timm's own modules; ``auto`` takes what is made for the device where it can run
+            this model.
 
     Attributes:
         info: identity and geometry.
-        backend: ``triton``, ``cpu`` or ``reference``.
+        backend: ``triton``, ``cpu``, ``cuda`` or ``reference``.
         against_kernels: every reason why `backend` is ``reference``.
         operations: backend of single operations where the network runs on timm's modules: ``reference`` if that was
             asked for, else ``auto``.
@@ -283,7 +284,9 @@ class SparseModel:
     @property
     def where(self) -> str:
         """Device and, unless it is the reference, backend, for people."""
-        kind = {"reference": "", "cpu": ", compiled operators"}.get(self.backend, f", {self.backend} kernels")
+        compiled = ", compiled operators"
+        kinds = {"reference": "", "cpu": compiled, "cuda": f"{compiled} and triton kernels"}
+        kind = kinds.get(self.backend, f", {self.backend} kernels")
         return f"{self.device}{kind}"
 
     def feed(

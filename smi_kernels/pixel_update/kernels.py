@@ -403,7 +403,7 @@ def pixel_step(
         "SUMS_W": 8 * num_warps,
     }
     launch(pixel_step_kernel, (B * C * triton.cdiv(H, TILE_ROWS),), args, num_warps=num_warps)
-    _copy_back((exp_avg, exp_avg_sq), moments)
+    copy_back((exp_avg, exp_avg_sq), moments)
     return new_images, row_sums
 
 
@@ -466,10 +466,11 @@ def adam_clamp_(
         "BLOCK": 1024,
     }
     launch(adam_clamp_kernel, (B * C * triton.cdiv(H * W, 1024),), args)
-    _copy_back((images, exp_avg, exp_avg_sq), state)
+    copy_back((images, exp_avg, exp_avg_sq), state)
 
 
-def _copy_back(tensors: tuple[Tensor, ...], contiguous: tuple[Tensor, ...]) -> None:
+def copy_back(tensors: tuple[Tensor, ...], contiguous: tuple[Tensor, ...]) -> None:
+    """Hand on what an operation wrote in place to contiguous copies of `tensors`, or to themselves."""
     for tensor, copy in zip(tensors, contiguous, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)
