@@ -114,7 +114,7 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def build(out: Path, work: Path, what: Plan, sanitize: bool = False) -> list[Path]:
+def build(out: Path, work: Path, what: Plan, sanitize: bool = False, gpu_only: bool = False) -> list[Path]:
     """Bring the libraries in `out` up to date; what was compiled from the same sources in `work` is not compiled again.
 
     Raises:
@@ -136,11 +136,12 @@ def build(out: Path, work: Path, what: Plan, sanitize: bool = False) -> list[Pat
         "  description = $out",
     ]
     made = []
-    for name, flags in instruction_sets().items():
+    for name, flags in ({} if gpu_only else instruction_sets()).items():
         made.append(f"cpu_{name}.so")
         lines += [f"build {made[-1]}: cxx {HERE / 'cpu' / 'operators.cpp'}", f"  flags = {' '.join(flags)}"]
     if what.nvcc:
-        nvcc = " ".join([*NVCC_FLAGS, *architectures(what.nvcc), defines[0], _define_nvcc(what.nvcc)])
+        compiler = f'-DSMI_COMPILER=\\"{nvcc_release(what.nvcc).replace(" ", "_")}\\"'
+        nvcc = " ".join([*NVCC_FLAGS, *architectures(what.nvcc), defines[0], compiler])
         lines += [
             "rule nvcc",
             # What ptxas says of registers and spills is kept: the resource table is made of it.
@@ -210,10 +211,11 @@ def _version(compiler: str) -> str:
     return "".join(c if c.isalnum() or c in ".+-" else "_" for c in said.splitlines()[0])
 
 
-def _define_nvcc(nvcc: str) -> str:
+def nvcc_release(nvcc: str) -> str:
+    """``nvcc V13.0.88``."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
     release = next((line for line in said if "release" in line), said[-1]).split(",")[-1].strip()
-    return f'-DSMI_COMPILER=\\"nvcc_{release}\\"'
+    return f"nvcc {release}"
 
 
 def main() -> None:

@@ -369,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             json.dumps([{**dataclasses.asdict(row), "faults": row.faults()} for row in rows], indent=1)
         )
     if options.markdown:
-        options.markdown.write_text(markdown(rows))
+        old = options.markdown.read_text() if options.markdown.is_file() else ""
+        _, heading, rest = old.partition("\n## ")  # of csrc/resources.py
+        options.markdown.write_text(markdown(rows) + heading + rest)
     faulty = [row for row in rows if row.faults()]
     for row in faulty:
         print(f"{row.kernel} sm_{row.capability} ({row.specialization}): {'; '.join(row.faults())}", file=sys.stderr)

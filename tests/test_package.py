@@ -17,7 +17,7 @@ import torch
 
 import smi_kernels
 from smi._version import __version__
-from smi_kernels import backends, native
+from smi_kernels import backends, native, native_cuda
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -193,8 +193,8 @@ def test_backends_say_what_is_live_and_why_not() -> None:
     assert triton.reason.startswith("triton ") and ("interpreted" in triton.reason) is backends.interpreted()
     assert (cpu.name, cpu.live) == ("cpu", not native.reasons_against())
     assert not cpu.live or re.match(r"(default|avx2|avx512), compiled by \S", cpu.reason)
-    assert (cuda.name, cuda.live) == ("cuda", False)
-    assert "no compiled operators" in cuda.reason
+    assert (cuda.name, cuda.live) == ("cuda", not native_cuda.reasons_against() and torch.cuda.is_available())
+    assert not cuda.live or re.match(r"compiled by nvcc_\S+; all else triton ", cuda.reason)
 
 
 def test_backend_is_chosen_openly() -> None:
@@ -209,8 +209,10 @@ def test_backend_is_chosen_openly() -> None:
             with backends.use_backend("auto"):
                 assert backends.choose(cpu) == auto
             assert backends.choose(cpu) == "triton"
-    with pytest.raises(ValueError, match="'cuda' cannot run here: this version has no compiled operators"):
-        backends.use_backend("cuda").__enter__()
+    if reasons := backends.reasons_against("cuda"):
+        with pytest.raises(ValueError, match=f"'cuda' cannot run here: {re.escape('; '.join(reasons))}"):
+            backends.use_backend("cuda").__enter__()
+    assert "its operators are for GPUs, not for cpu" in backends.reasons_against("cuda", cpu)
     with pytest.raises(ValueError, match="'tritn'; expected 'auto' or one of"):
         backends.use_backend("tritn").__enter__()
 
@@ -242,7 +244,8 @@ assert not torch.cuda.is_initialized()
     _, triton, cpu, cuda = fresh(code, **nowhere, SMI_NATIVE_LIBRARIES=str(tmp_path)).splitlines()
     assert "triton is not installed" in triton
     assert re.match(r"cpu_\w+\.so was not built", cpu) and "no C++ compiler" in cpu
-    assert f"no nvcc on PATH or in {tmp_path}" in cuda
+    assert cuda.startswith("cuda.so was not built") and f"no nvcc on PATH or in {tmp_path}" in cuda
+    assert "triton is not installed" in cuda
     for reason in (triton, cuda):
         assert "no CUDA GPU is visible" in reason or "built without GPU support" in reason
 
