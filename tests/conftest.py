@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels import BACKENDS, Kernels, emulated
+from kernels import BACKENDS, DEVICE, Kernels, emulated
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
