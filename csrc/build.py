@@ -179,6 +179,9 @@ def build_emulated(out: Path, cxx: str, races: str | None = None) -> Path:
     source = HERE / "cuda" / ("races.cpp" if races else "operators.cu")
     subprocess.run([cxx, *EMULATE, *kind, *defines, "-x", "c++", str(source), "-o", str(made)], check=True)
     os.replace(made, path)
+    for old in out.glob(path.name.replace(sources_hash(), "*")):
+        if old != path:
+            old.unlink()
     return path
 
 

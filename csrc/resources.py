@@ -106,9 +106,9 @@ def markdown(rows: list[Resources], compiler: str) -> str:
     lines = [
         HEADING,
         "",
-        f"Made by `python csrc/resources.py --markdown docs/resources.md` with {compiler}. Registers and spilled bytes of",
-        "a thread, bytes of shared memory of a block, 16-byte and narrower memory instructions. Nothing here was run:",
-        "time is not measured.",
+        f"Made by `python csrc/resources.py --markdown docs/resources.md` with {compiler}. Registers and spilled bytes",
+        "of a thread, bytes of shared memory of a block, 16-byte and narrower memory instructions. Nothing here was",
+        "run: time is not measured.",
         "",
         "| kernel | sm | registers | spills | shared | 16-byte | narrower |",
         "|---|---|---|---|---|---|---|",

@@ -46,7 +46,7 @@ def select_tokens(operators: Any) -> Any:
 def test_whole_vectors_and_single_pixels_agree(
     operators: Any, frozen: bool, patch: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Aligned and not: images of whole vectors, patches of whole vectors and not, roll and flip across their borders."""
+    """Aligned and not: images of whole vectors, patches of them and not, roll and flip across borders."""
     case = Case((3, 2, 36, 24), patch, 3, group=2, frozen=frozen, direct=True)
     for dx in range(-3, 26):
         offsets = torch.tensor([[5, dx, dx % 2], [-40, 2 * dx, 1 - dx % 2], [dx, -dx, 1]], device=DEVICE)
@@ -188,13 +188,18 @@ def test_a_missing_barrier_would_be_seen() -> None:
 # --- machine code ---
 
 
-def test_no_spills_and_whole_vectors_on_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = builder()
-    monkeypatch.setitem(sys.modules, "build", build)
+@pytest.fixture
+def resources(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``csrc/resources.py``."""
+    monkeypatch.setitem(sys.modules, "build", builder())
     monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    return importlib.import_module("resources")
+
+
+def test_no_spills_and_whole_vectors_on_every_architecture(resources: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.delenv("SMI_NATIVE", raising=False)
-    resources = importlib.import_module("resources")
+    build = builder()
     nvcc = build._nvcc()
     if nvcc is None:
         pytest.skip("no nvcc in CUDA_HOME or on PATH")
@@ -219,14 +224,7 @@ def test_no_spills_and_whole_vectors_on_every_architecture(monkeypatch: pytest.M
     assert native_cuda.native._text(library.smi_sources) == build.sources_hash()
 
 
-def test_the_register_table_knows_what_is_bad() -> None:
-    build = builder()
-    sys.modules.setdefault("build", build)
-    sys.path.insert(0, str(ROOT / "csrc"))
-    try:
-        resources = importlib.import_module("resources")
-    finally:
-        sys.path.remove(str(ROOT / "csrc"))
+def test_the_table_knows_what_is_bad(resources: Any) -> None:
     good = {"architecture": "sm_90", "registers": 80, "stack": 0, "shared": 0, "narrow": {}}
     for name, spills, wide, faults in [
         ("pixel_step float, 4 at once", 0, {"LDG": 7, "STG": 3}, 0),

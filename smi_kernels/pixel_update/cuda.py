@@ -100,8 +100,8 @@ def finish_prior_sums(images: Tensor, row_sums: Tensor, step: Tensor | None) -> 
 def _expect_images(images: Tensor) -> None:
     if images.dtype not in _DTYPES:
         raise ValueError(f"images has dtype {images.dtype}; expected float32 or float64.")
-    if images.shape[2] * images.shape[3] >= 2**31:
-        raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected fewer than 2^31 pixels.")
+    if images.shape[2] * images.shape[3] > 2**30:  # coordinates are 32-bit, and some are sums of two
+        raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}; expected at most 2^30 pixels.")
 
 
 def _cells(H: int, W: int, patch_height: int, patch_width: int) -> int:

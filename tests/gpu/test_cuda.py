@@ -17,7 +17,9 @@ from torch.nn import functional as F
 import smi
 import smi_kernels
 from smi.embedded import load_teacher
-from smi_kernels import PixelDescent, SparseViT
+from smi_kernels import PixelDescent, SparseViT, backends, use_backend
+from smi_kernels.graphs import Graph
+from smi_kernels.patch_embed.reference import slot_table
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
 CONFIG = smi.preset("demo").replace(iterations=24, prune_at=(4, 8, 12, 16))
@@ -240,3 +242,156 @@ def test_offsets_beyond_two_billion_elements() -> None:
     with torch.no_grad():
         images = torch.randn(2700, 3, 224, 224, device="cuda")
         assert torch.equal(vit(images)[-1], vit(images[-1:])[0])
+
+
+# --- CUDA operators ---
+
+needs_operators = pytest.mark.skipif(
+    bool(backends.reasons_against("cuda")), reason="; ".join(backends.reasons_against("cuda")) or "they are there"
+)
+
+
+def step_arguments(B: int, K: int, frozen: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Of `pixel_step` at 224 pixels and patch 16; what it writes in place is made anew by each call."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to("cuda", dtype)
+
+    offsets = torch.randint(-300, 301, (B, 3), generator=generator)
+    offsets[:, 2] = offsets[:, 2] > 0
+    bound = torch.full((3,), 2.0, device="cuda", dtype=dtype)
+    return {
+        "images": draw(B, 3, 224, 224),
+        "exp_avg": draw(B, 3, 224, 224),
+        "exp_avg_sq": draw(B, 3, 224, 224).abs(),
+        "d_patches": draw(B, K, 768),
+        "d_images": None,
+        "keep_slots": slot_table(kept(B, K), 196),
+        "offsets": offsets.cuda(),
+        "coefficients": draw(B, 9).abs(),
+        "group": 1,
+        "bias_correction": torch.tensor([0.75, 0.2], device="cuda", dtype=dtype),
+        "lr": 0.25,
+        "beta1": 0.5,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "low": -bound,
+        "high": bound,
+        "frozen": frozen,
+        "patch_height": 16,
+        "patch_width": 16,
+    }
+
+
+def step_on(backend: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """New images, moments and finished sums."""
+    smi_ops = torch.ops.smi
+    with use_backend(backend):
+        new, row_sums = smi_ops.pixel_step(*arguments.values())
+        return [new, arguments["exp_avg"], arguments["exp_avg_sq"], smi_ops.finish_prior_sums(new, row_sums, None)]
+
+
+@needs_operators
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("B", "K"), [(1, 196), (32, 46), (128, 46)])
+def test_the_pixel_step_of_the_operators_is_that_of_triton(B: int, K: int, frozen: bool) -> None:
+    found, triton = (step_on(name, step_arguments(B, K, frozen)) for name in ("cuda", "triton"))
+    plain = step_on("reference", step_arguments(B, K, frozen))
+    double = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in step_arguments(B, K, frozen).items()
+    }
+    exact = step_on("reference", double)
+    for ours, theirs, reference, truth in zip(found, triton, plain, exact, strict=True):
+        assert error(ours, truth) <= 2 * max(error(theirs, truth), error(reference, truth)) + 1e-7
+    again = step_on("cuda", step_arguments(B, K, frozen))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@needs_operators
+@pytest.mark.parametrize("K", [46, 196, 4096, 16384])
+def test_the_selection_of_the_operators_is_that_of_the_reference(K: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = (50 * torch.randn(64, K, generator=generator)).round().cuda()  # many are equal
+    scores[0, ::7] = float("nan")
+    keep = torch.arange(K, device="cuda").mul(2).expand(64, -1)
+    for count in (1, K // 2, K):
+        chosen = []
+        for name in ("cuda", "triton", "reference"):
+            with use_backend(name):
+                chosen.append(torch.ops.smi.select_tokens(scores, keep, count))
+        assert torch.equal(chosen[0], chosen[2]) and torch.equal(chosen[1], chosen[2])
+
+
+@needs_operators
+def test_the_operators_can_be_captured() -> None:
+    arguments, step = step_arguments(8, 46, True), torch.zeros(1, dtype=torch.int64, device="cuda")
+    scores, keep = torch.randn(8, 46, device="cuda"), kept(8, 46)
+    start = {name: arguments[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    made: list[Tensor] = []
+
+    def body() -> None:
+        new, row_sums = torch.ops.smi.pixel_step(*arguments.values())
+        sums = torch.ops.smi.finish_prior_sums(new, row_sums, step)
+        made[:] = [new, sums, torch.ops.smi.select_tokens(scores, keep, 23)]
+
+    def restart() -> None:
+        for name, value in start.items():
+            arguments[name].copy_(value)
+        step.zero_()
+
+    with use_backend("cuda"):
+        body()
+        expected = [tensor.clone() for tensor in (*made, arguments["exp_avg"], arguments["exp_avg_sq"])]
+        graph = Graph(body, torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        restart()
+        graph.replay()
+        found = (*made, arguments["exp_avg"], arguments["exp_avg_sq"])
+        assert step.item() == 1
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_operators
+def test_a_stream_and_a_device_of_the_callers_choice() -> None:
+    """What is launched on another stream is ordered on that stream: behind work that takes long."""
+    scores, keep = torch.randn(4, 46, device="cuda"), kept(4, 46)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), use_backend("cuda"):
+        torch.cuda._sleep(50_000_000)
+        late = scores.neg()
+        found = torch.ops.smi.select_tokens(late, keep, 20)
+    stream.synchronize()
+    with use_backend("reference"):
+        assert torch.equal(found, torch.ops.smi.select_tokens(-scores, keep, 20))
+
+
+@needs_operators
+def test_a_whole_descent_on_the_operators() -> None:
+    """Captured and launched the same bits; and, before rounding grows, what Triton makes of it."""
+    with use_backend("cuda"):
+        replayed, launched = descent(4, "fp32"), descent(10**9, "fp32")
+        for one in (replayed, launched):
+            one.advance(3)
+        early = launched.images.clone()
+        for one in (replayed, launched):
+            one.advance(20)
+            one.prune(kept(6, 30))
+            one.advance(10)
+    assert torch.equal(replayed.images, launched.images) and replayed.images.isfinite().all()
+    assert torch.equal(replayed.priors.nan_to_num(), launched.priors.nan_to_num())
+    with use_backend("triton"):
+        triton = descent(10**9, "fp32")
+        triton.advance(3)
+    assert ((early - triton.images).abs() > 1e-2).float().mean() < 1e-3  # Adam's first steps are signs
+
+
+@needs_operators
+def test_a_sparse_model_on_the_operators() -> None:
+    model = smi.SparseModel(deit("deit_tiny_patch16_224"), backend="cuda")
+    assert model.backend == "cuda" and "compiled operators" in model.where
+    images = torch.randn(2, 3, 224, 224, device="cuda")
+    twin = smi.SparseModel(deit("deit_tiny_patch16_224"), backend="triton")
+    assert torch.equal(model.feed(images, kept(2, 46))[0], twin.feed(images, kept(2, 46))[0])
