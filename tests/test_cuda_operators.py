@@ -20,6 +20,8 @@ from kernels import DEVICE, ROOT, builder, emulated, error, poisoned
 from test_pixel_kernels import Case, normal, step_once
 from torch import Tensor
 
+import smi
+from smi.embedded import load_teacher
 from smi_kernels import native_cuda, ops
 from smi_kernels.pixel_update import reference
 from smi_kernels.token_select import reference as select_reference
@@ -160,6 +162,24 @@ def test_folders_without_cuda_operators_run_triton() -> None:
     for folder in set(ops.OPERATORS.values()):
         name = ops._implementation(folder, "cuda").__name__.rsplit(".", 1)[1]
         assert name == ("cuda" if folder in ("token_select", "pixel_update") else "kernels")
+
+
+def test_operators_are_reached_through_torch(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.backends, "choose", lambda device: "cuda")
+    case = Case((2, 1, 18, 12), (6, 4), 4, group=1, frozen=True)
+    found = step_once(torch.ops.smi, case, torch.float32)
+    assert all(
+        torch.equal(now, then) for now, then in zip(found, step_once(operators, case, torch.float32), strict=True)
+    )
+    scores, keep = normal(2, 9, dtype=torch.float32), torch.arange(9, device=DEVICE).expand(2, -1)
+    with torch.no_grad():
+        chosen = torch.ops.smi.select_tokens(scores, keep, 4)
+    assert torch.equal(chosen, select_reference.select_tokens(scores, keep, 4))
+
+
+def test_a_model_on_a_cpu_gets_every_reason() -> None:
+    with pytest.raises(smi.SmiError, match=r"backend 'cuda' cannot run .*its operators are for GPUs, not for cpu"):
+        smi.SparseModel(load_teacher(), device="cpu", backend="cuda")
 
 
 # --- sanitizers ---

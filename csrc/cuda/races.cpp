@@ -46,6 +46,7 @@ int main(int arguments, char**) {
   select<float>(300, 77);
   select<double>(65, 64);
   select<float>(1, 1);
+  select<float>(4 * smi::THREADS + 1, 100);  // in more threads
   step<float>(36, 24, 6, 8, true, 0);
   step<float>(36, 24, 12, 6, false, 1);
   step<double>(18, 15, 6, 5, true, 1);
