@@ -19,16 +19,19 @@ if TYPE_CHECKING:
     from smi.config import PRESETS, Config, preset
     from smi.dataset import SyntheticDataset
     from smi.errors import SmiError
+    from smi.evaluation import Evaluation, evaluate
     from smi.inversion import Inversion, invert
     from smi.models import load_model
     from smi.objectives import Context, Objective
     from smi.pool import Pool, PoolWriter
+    from smi.quantization import Quantized, QuantizedModel, load_quantized, quantize
     from smi.state import ModelInfo, Phase, Result, WorkPlan
     from smi.transfer import TransferConfig, teach
 
 _HOME = {
     "Config": "config",
     "Context": "objectives",
+    "Evaluation": "evaluation",
     "Inversion": "inversion",
     "ModelInfo": "state",
     "Objective": "objectives",
@@ -36,15 +39,20 @@ _HOME = {
     "Phase": "state",
     "Pool": "pool",
     "PoolWriter": "pool",
+    "Quantized": "quantization",
+    "QuantizedModel": "quantization",
     "Result": "state",
     "SmiError": "errors",
     "SparseModel": "adapters.timm",
     "SyntheticDataset": "dataset",
     "TransferConfig": "transfer",
     "WorkPlan": "state",
+    "evaluate": "evaluation",
     "invert": "inversion",
     "load_model": "models",
+    "load_quantized": "quantization",
     "preset": "config",
+    "quantize": "quantization",
     "teach": "transfer",
 }
 
@@ -52,12 +60,15 @@ __all__ = [
     "PRESETS",
     "Config",
     "Context",
+    "Evaluation",
     "Inversion",
     "ModelInfo",
     "Objective",
     "Phase",
     "Pool",
     "PoolWriter",
+    "Quantized",
+    "QuantizedModel",
     "Result",
     "SmiError",
     "SparseModel",
@@ -65,9 +76,12 @@ __all__ = [
     "TransferConfig",
     "WorkPlan",
     "__version__",
+    "evaluate",
     "invert",
     "load_model",
+    "load_quantized",
     "preset",
+    "quantize",
     "teach",
 ]
 

@@ -21,6 +21,7 @@ from smi._version import __version__
 from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options, parse_duration
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
+from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
@@ -322,7 +323,9 @@ _WITH_OPTIONS = (
     (invert, InvertOptions),
     (plan, InvertOptions),
     (doctor, DoctorOptions),
+    (quantize, QuantizeOptions),
     (transfer, TransferOptions),
+    (evaluate, EvaluateOptions),
     (profile, ProfileOptions),
 )
 for _command_function, _options_class in _WITH_OPTIONS:

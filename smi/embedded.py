@@ -67,6 +67,7 @@ def _load(name: str, model: Any) -> nn.Module:
     model.pretrained_cfg = {
         "architecture": f"embedded:{name}",
         "input_size": (3, 32, 32),
+        "crop_pct": 1.0,  # pictures are 32 x 32: nothing is enlarged, nothing cut off
         "mean": MEAN,
         "std": STD,
         "label_names": CLASSES,

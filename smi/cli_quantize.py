@@ -1,0 +1,226 @@
+"""The ``smi evaluate`` and ``smi quantize`` commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from smi.cli_options import ModelOptions
+from smi.cli_progress import size
+from smi.errors import SmiError
+
+if TYPE_CHECKING:
+    from smi.calibration import Calibration
+    from smi.pool import Pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """What `smi evaluate` takes; the model may also be what `smi quantize` wrote."""
+
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="cifar10:PATH, cifar100:PATH, imagenet:PATH, or a folder of classes.")
+    ] = ""
+    download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100.", show_default=False)] = False
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", help="At most so many images.", min=1, show_default=False)
+    ] = None
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images together.", min=1)] = 64
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(ModelOptions):
+    """What `smi quantize` takes."""
+
+    pool: Annotated[
+        Path | None, typer.Option("--pool", help="Calibrate on this pool: the kept patches.", show_default=False)
+    ] = None
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            "--fill", help="Feed all patches of the pool, dropped ones as-is, black, mean or noise.", show_default=False
+        ),
+    ] = None
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Calibrate on the pictures below this folder.", show_default=False)
+    ] = None
+    noise: Annotated[
+        int | None, typer.Option("--noise", help="Calibrate on so many images of noise.", show_default=False)
+    ] = None
+    images: Annotated[
+        int | None,
+        typer.Option("--images", "-n", help="Calibrate on so many. Default: all but a tenth.", show_default=False),
+    ] = None
+    weights: Annotated[int, typer.Option("--weights", "-w", help="Bits of weights, 2 to 8.")] = 8
+    activations: Annotated[int, typer.Option("--activations", "-a", help="Bits of activations, 2 to 8.")] = 8
+    observer: Annotated[str, typer.Option("--observer", help="Range of activations: minmax, percentile or mse.")] = (
+        "minmax"
+    )
+    skip: Annotated[
+        str,
+        typer.Option(
+            "--skip", metavar="LIST", help="Leave in float: first, head, residual, softmax, scores, norm, ..."
+        ),
+    ] = ""
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="New folder.", show_default=False)] = (
+        None
+    )
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (QDQ).", show_default=False)] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier quantization.", show_default=False)
+    ] = False
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images together.", min=1)] = 32
+    json: Annotated[bool, typer.Option("--json", help="The record as one JSON object.", show_default=False)] = False
+
+    def __post_init__(self) -> None:
+        """Refuse at once what no model could mend."""
+        given = [name for name in ("pool", "folder", "noise") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(f"--{name}" for name in given) or "nothing"
+            raise SmiError(f"{said} to calibrate on; give exactly one of --pool POOL, --folder FOLDER and --noise N.")
+        if self.fill is not None and self.pool is None:
+            raise SmiError(f"--fill {self.fill} goes with --pool alone; leave it out.")
+        if self.out is None:
+            raise SmiError("nowhere to write to; name a new folder with --out DIR.")
+        if self.device not in ("auto", "cpu"):
+            raise SmiError(f"device is {self.device!r}; quantization runs on the CPU alone, leave out --device.")
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Count how often a model is right on labelled images: top-1, top-5, images per second.
+
+    MODEL may also be a folder that smi quantize has written, or one of its model files.
+
+    [bold]Examples[/bold]
+
+      smi evaluate embedded:teacher --data cifar10:data --download
+
+      smi evaluate deit_base_patch16_224.fb_in1k --data imagenet:/data/imagenet --limit 5000
+
+      smi evaluate quantized/w8a8 --data cifar10:data
+    """
+    from smi.adapters.timm import resolve_device
+    from smi.evaluation import data_config, data_transform, open_dataset
+    from smi.evaluation import evaluate as count
+    from smi.quantization import is_quantized, load_quantized
+
+    device = resolve_device(options.device)
+    model: Any
+    if is_quantized(options.model):
+        if options.device not in ("auto", "cpu"):
+            raise SmiError(f"device is {options.device!r}; a quantized model runs on the CPU alone.")
+        device = resolve_device("cpu")
+        model = load_quantized(options.model)
+        classes, names, config = model.info.num_classes, model.info.class_names, model.data
+    else:
+        model = options.build(seed=0).to(device)
+        classes, names, config = model.num_classes, (model.pretrained_cfg or {}).get("label_names") or (), None
+    config = config or data_config(model)
+    dataset = open_dataset(
+        options.data, data_transform(config), num_classes=classes, class_names=names, download=options.download
+    )
+    with _bar("evaluating") as tell:
+        found = count(model, dataset, batch_size=options.batch_size, limit=options.limit, device=device, on_batch=tell)
+    if options.json:
+        facts = {"model": options.model, "data": options.data, "device": str(device), **asdict(found)}
+        print(json.dumps(facts | {"images_per_second": found.images_per_second}))
+        return
+    print(f"top-1   {found.top1:.2%} of {found.images} images")
+    print(f"top-5   {found.top5:.2%}")
+    print(f"speed   {found.images_per_second:.1f} images/s in the network, on {device}, batch {options.batch_size}")
+
+
+def quantize(options: QuantizeOptions) -> None:
+    """Quantize a model after training, calibrated on synthetic images: of sparse ones, on the kept patches alone.
+
+    [bold]Examples[/bold]
+
+      smi quantize embedded:teacher --pool pools/embedded-teacher-sparse --out quantized/w8a8
+
+      smi quantize deit_base_patch16_224.fb_in1k --pool pools/deit-b -w 4 -a 8 --observer mse --out quantized/w4a8
+
+      smi quantize embedded:teacher --noise 32 --skip softmax,head --out quantized/control --onnx
+    """
+    from smi.pool import Pool
+    from smi.quantization import quantize as make
+    from smi.quantizer import kinds_of
+
+    assert options.out is not None
+    pool = None if options.pool is None else Pool(options.pool)
+    model = options.build(seed=0 if pool is None else pool.config.seed)
+    calibration = _calibration(options, model, pool)
+    with _bar("calibrating") as tell:
+        made = make(
+            model,
+            calibration,
+            weights=options.weights,
+            activations=options.activations,
+            observer=options.observer,  # type: ignore[arg-type]
+            skip=kinds_of(options.skip),
+            name=options.model,
+            on_batch=tell,
+        )
+    record = made.save(options.out, onnx=options.onnx, overwrite=options.overwrite)
+    if options.json:
+        print(json.dumps(record))
+        return
+    _print(record)
+    print(f"written to {options.out}")
+
+
+def _calibration(options: QuantizeOptions, model: Any, pool: Pool | None) -> Calibration:
+    from smi.adapters.timm import SparseModel
+    from smi.calibration import from_folder, from_noise, from_pool
+    from smi.evaluation import data_config, data_transform
+
+    if pool is not None:
+        fill: Any = options.fill
+        return from_pool(pool, images=options.images, batch_size=options.batch_size, fill=fill)
+    if options.folder is not None:
+        transform = data_transform(data_config(model))
+        return from_folder(options.folder, transform, images=options.images, batch_size=options.batch_size)
+    assert options.noise is not None
+    info = SparseModel(model, device="cpu", backend="reference").info
+    return from_noise(info, images=options.noise, batch_size=options.batch_size)
+
+
+def _print(record: dict[str, Any]) -> None:
+    scheme, sites = record["scheme"], record["sites"]
+    table = Table(title="activations, by kind of site", title_justify="left")
+    for name in ("kind", "sites", "mean error", "largest error", "at"):
+        table.add_column(name, justify="left" if name in ("kind", "at") else "right")
+    for kind in dict.fromkeys(site["kind"] for site in sites):
+        some = [site for site in sites if site["kind"] == kind]
+        worst = max(some, key=lambda site: site["error"])
+        mean = sum(site["error"] for site in some) / len(some)
+        table.add_row(kind, str(len(some)), f"{mean:.2%}", f"{worst['error']:.2%}", worst["name"])
+    Console().print(table)
+    source = record["calibration"]
+    print(f"model       {record['model']['name']}, W{scheme['weights']}A{scheme['activations']}, {scheme['observer']}")
+    print(f"calibrated  on {source['images']} images of {source.get('path', source['kind'])}")
+    print(f"quantized   {len(sites)} activations, {len(record['weights'])} weights")
+    sizes = ", ".join(f"{name} {size(count)}" for name, count in record["bytes"].items())
+    print(f"size        {sizes}")
+    for file, share in record["agreement"].items():
+        if file != "images":
+            print(f"agreement   {file}: {share:.1%} of {record['agreement']['images']} images held out")
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, else nothing; called with what is done and the total."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

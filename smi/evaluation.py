@@ -1,0 +1,208 @@
+"""How often a network is right on images with labels, and how fast it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from smi.errors import SmiError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DATASETS = ("cifar10", "cifar100", "imagenet")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was counted.
+
+    Attributes:
+        images, classes: how many.
+        top1: share of the images whose label has the largest logit.
+        top5: share whose label is among the five largest, or among all where there are fewer.
+        model_seconds: in the network alone, from pixels on its device to logits.
+        seconds: in all, reading and preparing images included.
+    """
+
+    images: int
+    classes: int
+    top1: float
+    top5: float
+    model_seconds: float
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the network alone."""
+        return self.images / self.model_seconds
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    dataset: Any,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Top-1 and top-5 accuracy, and images per second.
+
+    Args:
+        model: (B, C, H, W) float32 -> logits (B, classes). A module is put into evaluation mode for the while, and must
+            be on `device`.
+        dataset: map-style items (image (C, H, W) float32 as the model wants it, class index).
+        limit: at most so many images, spread evenly over the data set, which may be sorted by class.
+        workers: processes that read images; 0 reads them here.
+        on_batch: called with the number of images done and of all.
+
+    Raises:
+        SmiError: no image, batch size or limit below 1, logits that are not (B, classes), a label that is no class.
+    """
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise SmiError(f"{name} is {value}; expected at least 1.")
+    total = len(dataset) if isinstance(dataset, Sized) else 0
+    if not total:
+        raise SmiError("the data set is empty; expected at least one image with a label.")
+    if limit is not None and limit < total:
+        dataset = Subset(dataset, [place * total // limit for place in range(limit)])
+        total = limit
+    device, training = torch.device(device), isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()  # type: ignore[attr-defined]
+    done = first = among = classes = 0
+    inside, began = 0.0, time.perf_counter()
+    try:
+        with torch.no_grad():
+            for images, labels in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
+                images = images.to(device)
+                _wait(device)
+                start = time.perf_counter()
+                logits = model(images)
+                _wait(device)
+                inside += time.perf_counter() - start
+                if logits.ndim != 2 or len(logits) != len(labels):
+                    raise SmiError(f"the model gives {tuple(logits.shape)}; expected ({len(labels)}, classes) logits.")
+                logits, classes = logits.cpu(), logits.shape[1]
+                if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                    raise SmiError(
+                        f"the data set has a label {int(labels.max())}, the model has classes 0 to {classes - 1}; "
+                        f"use a data set of the model's own classes."
+                    )
+                ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+                first, among = first + int(ranked[:, 0].sum()), among + int(ranked.any(1).sum())
+                done += len(labels)
+                if on_batch is not None:
+                    on_batch(done, total)
+    finally:
+        if training:
+            model.train()  # type: ignore[attr-defined]
+    return Evaluation(done, classes, first / done, among / done, inside, time.perf_counter() - began)
+
+
+def open_dataset(
+    data: str,
+    transform: Callable[[Any], Tensor],
+    *,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    download: bool = False,
+) -> Any:
+    """The test images of a data set, with labels.
+
+    Args:
+        data: ``cifar10:PATH``, ``cifar100:PATH``, ``imagenet:PATH`` as torchvision lays them out there, or a folder
+            with one folder of images for each class.
+        num_classes: of the model.
+        class_names: of the model; folders named like all of them (as ``smi export`` names them) are taken by name, any
+            others in alphabetical order.
+        download: fetch what is not at PATH; the CIFARs alone.
+
+    Raises:
+        SmiError: no such data set, no images in it, another number of classes than the model's.
+    """
+    from torchvision import datasets
+
+    name, colon, place = data.partition(":")
+    if not data:
+        raise SmiError(f"name the images with --data: {', '.join(f'{n}:PATH' for n in DATASETS)} or a folder.")
+    try:
+        if colon and name in DATASETS:
+            found: Any
+            if name == "imagenet":
+                if download:
+                    raise SmiError(
+                        "ImageNet cannot be downloaded; put its archives into PATH and leave out --download."
+                    )
+                found = datasets.ImageNet(place, split="val", transform=transform)
+            else:
+                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                found = kind(place, train=False, transform=transform, download=download)
+        elif Path(data).is_dir():
+            if download:
+                raise SmiError(f"--download goes with cifar10: and cifar100: alone; {data!r} is a folder.")
+            found = datasets.ImageFolder(data, transform=transform)
+        elif colon and name.isidentifier():
+            raise SmiError(f"unknown data set {name!r}.{did_you_mean(name, DATASETS)}")
+        else:
+            raise SmiError(
+                f"there are no images at {data!r}; expected a folder of class folders, or one of "
+                f"{', '.join(f'{n}:PATH' for n in DATASETS)}."
+            )
+    except (RuntimeError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        mend = " Fetch it with --download." if name.startswith("cifar") and not download else " Name another PATH."
+        raise SmiError(f"{data!r} holds no such images: {reason}.{mend}") from None
+    if len(found.classes) != num_classes:
+        raise SmiError(
+            f"{data!r} has {len(found.classes)} classes, the model has {num_classes}; "
+            f"use a data set of the model's own classes."
+        )
+    if isinstance(found, datasets.ImageFolder) and not isinstance(found, datasets.ImageNet):
+        _label_by_name(found, num_classes, class_names)
+    return found
+
+
+def _label_by_name(folder: Any, num_classes: int, class_names: Sequence[str]) -> None:
+    """Where folders are named as an export names them, let names decide: ``10`` sorts before ``2``."""
+    from smi.pool import slug
+
+    names = [slug(name) for name in class_names] or [str(number) for number in range(num_classes)]
+    ways = (names, [f"{name}-{number}".lstrip("-") for number, name in enumerate(names)])
+    mine = [slug(name) for name in folder.classes]
+    for way in ways:
+        if len(set(way)) == len(way) and set(mine) == set(way):
+            label = {number: way.index(name) for number, name in enumerate(mine)}
+            folder.target_transform = label.__getitem__
+            return
+
+
+def data_transform(config: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """From a picture to what the model wants: timm's evaluation transform of its data config."""
+    from timm.data import create_transform
+
+    made: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+    return made
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data config of a model, as JSON can hold it."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

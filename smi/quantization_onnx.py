@@ -1,0 +1,87 @@
+"""Quantized networks as ONNX: QuantizeLinear and DequantizeLinear around float operators."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smi.errors import SmiError
+
+OPSET = 18
+
+
+def save_onnx(program: Any, example: Tensor, path: Path) -> None:
+    """Write an exported, converted program; its input is ``images``, its output ``logits``, the batch is free.
+
+    Raises:
+        SmiError: onnx or onnxscript is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise _missing(error) from None
+
+    def quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+        """As the operator is defined: onnxscript's own translation forgets the ends of fewer than 8 bits."""
+        import onnx
+
+        def constant(value: int) -> Any:
+            return op.Constant(value=onnx.helper.make_tensor("value", int(dtype), [], [value]))
+
+        whole = op.QuantizeLinear(x, scale, constant(zero_point))
+        if (quant_min, quant_max) == (0, 255):
+            return whole
+        return op.Clip(whole, constant(quant_min), constant(quant_max))
+
+    table: Any = {torch.ops.quantized_decomposed.quantize_per_tensor.default: quantize_per_tensor}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(
+            program,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            custom_translation_table=table,
+            verbose=False,
+        )
+        assert made is not None
+        made.save(str(path))
+
+
+def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """A function of images (B, C, H, W) float32 on onnxruntime's CPU provider.
+
+    Raises:
+        SmiError: onnxruntime is missing, or cannot read the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _missing(error) from None
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has families of its own
+        raise SmiError(f"{str(path)!r} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from error
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return run
+
+
+def _missing(error: ImportError) -> SmiError:
+    return SmiError(
+        f"ONNX needs onnx, onnxscript and onnxruntime, and {error.name} cannot be imported; install them with "
+        f"pip install 'sparse-model-inversion[export]'."
+    )
