@@ -144,6 +144,8 @@ def open_dataset(
                     raise SmiError(
                         "ImageNet cannot be downloaded; put its archives into PATH and leave out --download."
                     )
+                if not Path(place).is_dir():
+                    raise FileNotFoundError(f"there is no folder {place!r}")
                 found = datasets.ImageNet(place, split="val", transform=transform)
             else:
                 kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
@@ -159,6 +161,11 @@ def open_dataset(
                 f"there are no images at {data!r}; expected a folder of class folders, or one of "
                 f"{', '.join(f'{n}:PATH' for n in DATASETS)}."
             )
+    except ImportError as error:
+        raise SmiError(
+            f"torchvision needs {error.name} to read ImageNet's archives; install it, or name the unpacked folder of "
+            f"class folders, e.g. {str(Path(place) / 'val')!r}."
+        ) from None
     except (RuntimeError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         mend = " Fetch it with --download." if name.startswith("cifar") and not download else " Name another PATH."
@@ -196,10 +203,13 @@ def data_transform(config: dict[str, Any]) -> Callable[[Any], Tensor]:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model, as JSON can hold it."""
+    """timm's data config of a model, as JSON can hold it; the size is what the model was built for."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
+    embed: Any = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None) is not None:
+        config["input_size"] = (embed.proj.in_channels, *embed.img_size)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 

@@ -85,6 +85,11 @@ class QuantizedModel(nn.Module):
     def __init__(self, run: Callable[[Tensor], Tensor], info: ModelInfo, data: dict[str, Any], record: dict[str, Any]):
         super().__init__()
         self.run, self.info, self.data, self.record = run, info, data, record
+        self.training = False
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Changes nothing: a converted program has no other mode, and says so by an exception."""
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.run(images)
@@ -146,7 +151,7 @@ class Quantized:
         return record
 
     def _write(self, folder: Path, onnx: bool) -> dict[str, Any]:
-        example = self.calibration.held_out[:1].repeat(2, 1, 1, 1)
+        example = torch.zeros(2, *self.info.input_size)  # kept in the file, so no image of anyone's
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batch = torch.export.Dim("batch", min=1, max=2**16)

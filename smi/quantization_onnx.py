@@ -24,14 +24,13 @@ def save_onnx(program: Any, example: Tensor, path: Path) -> None:
         SmiError: onnx or onnxscript is missing.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx
         from onnxscript import opset18 as op
     except ImportError as error:
         raise _missing(error) from None
 
     def quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
         """As the operator is defined: onnxscript's own translation forgets the ends of fewer than 8 bits."""
-        import onnx
 
         def constant(value: int) -> Any:
             return op.Constant(value=onnx.helper.make_tensor("value", int(dtype), [], [value]))
@@ -55,7 +54,36 @@ def save_onnx(program: Any, example: Tensor, path: Path) -> None:
             verbose=False,
         )
         assert made is not None
-        made.save(str(path))
+    model = made.model_proto
+    _keep_biases_apart(model)
+    onnx.save(model, path)
+
+
+def _keep_biases_apart(model: Any) -> None:
+    """``Conv(x, w, b)`` as ``Conv(x, w) + b``, and ``Gemm`` alike, in place.
+
+    Onnxruntime would round `b` to a multiple of the products' scale: coarse in few bits, and float in the converted
+    program.
+    """
+    import onnx
+
+    graph = model.graph
+    constants = {constant.name: constant for constant in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        bias = onnx.numpy_helper.to_array(constants[node.input[2]])
+        graph.initializer.remove(constants[node.input[2]])
+        shape = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
+        apart, output = f"{node.output[0]}_bias", node.output[0]
+        graph.initializer.append(onnx.numpy_helper.from_array(bias.reshape(shape), apart))
+        del node.input[2]
+        node.output[0] = f"{output}_product"
+        nodes.append(onnx.helper.make_node("Add", [node.output[0], apart], [output], name=f"{output}_add"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
