@@ -35,6 +35,9 @@ class EvaluateOptions(ModelOptions):
         int | None, typer.Option("--limit", "-n", help="At most so many images.", min=1, show_default=False)
     ] = None
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images together.", min=1)] = 64
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Through inductor; it takes a while before it starts.", show_default=False)
+    ] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
 
@@ -110,7 +113,7 @@ def evaluate(options: EvaluateOptions) -> None:
       smi evaluate quantized/w8a8 --data cifar10:data
     """
     from smi.adapters.timm import resolve_device
-    from smi.evaluation import data_config, data_transform, open_dataset
+    from smi.evaluation import compiled, data_config, data_transform, open_dataset
     from smi.evaluation import evaluate as count
     from smi.quantization import is_quantized, load_quantized
 
@@ -129,6 +132,8 @@ def evaluate(options: EvaluateOptions) -> None:
     dataset = open_dataset(
         options.data, data_transform(config), num_classes=classes, class_names=names, download=options.download
     )
+    if options.compile:
+        model = compiled(model, options.batch_size, config["input_size"])
     with _bar("evaluating") as tell:
         found = count(model, dataset, batch_size=options.batch_size, limit=options.limit, device=device, on_batch=tell)
     if options.json:

@@ -110,6 +110,32 @@ def evaluate(
     return Evaluation(done, classes, first / done, among / done, inside, time.perf_counter() - began)
 
 
+def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """`model` through inductor with frozen weights, for batches of up to `batch_size` images; compiled here and now.
+
+    Smaller batches are filled up with zeros, so that the last one does not compile again.
+
+    Raises:
+        SmiError: it cannot be compiled, or not here (inductor needs a C++ compiler).
+    """
+    first: Tensor = next(iter(model.state_dict().values()), torch.zeros(0))  # a network in onnxruntime shows none
+    filled = torch.zeros(batch_size, *input_size, device=first.device)
+    run = torch.compile(model, options={"freezing": True})
+
+    def call(images: Tensor) -> Tensor:
+        if len(images) == batch_size:
+            return run(images)
+        return run(torch.cat((images, filled[len(images) :])))[: len(images)]
+
+    try:
+        with torch.no_grad():
+            call(filled)
+    except Exception as error:  # compilers fail in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SmiError(f"the model cannot be compiled here: {reason}. Leave out --compile.") from error
+    return call
+
+
 def open_dataset(
     data: str,
     transform: Callable[[Any], Tensor],

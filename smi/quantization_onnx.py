@@ -25,9 +25,10 @@ def save_onnx(program: Any, example: Tensor, path: Path) -> None:
     """
     try:
         import onnx
-        from onnxscript import opset18 as op
+        import onnxscript
     except ImportError as error:
         raise _missing(error) from None
+    op: Any = onnxscript.opset18
 
     def quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
         """As the operator is defined: onnxscript's own translation forgets the ends of fewer than 8 bits."""

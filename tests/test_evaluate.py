@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import smi
 from smi import embedded
 from smi.errors import SmiError
-from smi.evaluation import data_config, data_transform, open_dataset
+from smi.evaluation import compiled, data_config, data_transform, open_dataset
 
 IDENTITY = torch.eye(6)
 
@@ -67,6 +67,19 @@ def test_unusable_input(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"model": lambda x: x, "dataset": numbers([0, 1], [0, 1], [1, 2])} | options
     with pytest.raises(SmiError, match=message):
         smi.evaluate(**arguments)
+
+
+def test_compiled_networks_take_short_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6)).eval()
+    run = compiled(model, 4, (3, 2, 2))
+    data = TensorDataset(torch.randn(10, 3, 2, 2), torch.arange(10) % 6)
+    slow, fast = (smi.evaluate(one, data, batch_size=4) for one in (model, run))
+    assert (fast.images, fast.top1, fast.top5) == (slow.images, slow.top1, slow.top5)
+    for count in (4, 1):
+        torch.testing.assert_close(run(data.tensors[0][:count]), model(data.tensors[0][:count]))
+    with pytest.raises(SmiError, match=r"cannot be compiled here: .*Leave out --compile"):
+        compiled(model, 4, (3, 5, 5))
 
 
 # --- data sets ---
