@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from smi.errors import SmiError
     from smi.evaluation import Evaluation, evaluate
     from smi.inversion import Inversion, invert
+    from smi.lessons import Synthesis
     from smi.models import load_model
     from smi.objectives import Context, Objective
     from smi.pool import Pool, PoolWriter
@@ -44,6 +45,7 @@ _HOME = {
     "Result": "state",
     "SmiError": "errors",
     "SparseModel": "adapters.timm",
+    "Synthesis": "lessons",
     "SyntheticDataset": "dataset",
     "TransferConfig": "transfer",
     "WorkPlan": "state",
@@ -72,6 +74,7 @@ __all__ = [
     "Result",
     "SmiError",
     "SparseModel",
+    "Synthesis",
     "SyntheticDataset",
     "TransferConfig",
     "WorkPlan",

@@ -94,7 +94,7 @@ def run(
         expected = batch_started - started + seconds_per_image * len(plan.batch(batch))
         if done and time_budget is not None and expected > time_budget:
             break
-        result = _invert(model, plan, config, batch, objectives, on_iteration)
+        result = invert_batch(model, plan, config, batch, objectives, on_iteration)
         writer.write(batch, result)
         seconds = time.monotonic() - batch_started
         seconds_per_image = max(seconds_per_image, seconds / len(plan.batch(batch)))
@@ -115,14 +115,15 @@ def run(
     )
 
 
-def _invert(
+def invert_batch(
     model: SparseModel,
     plan: WorkPlan,
     config: Config,
     batch: int,
-    objectives: Sequence[Callable[..., Any]],
-    on_iteration: Callable[[int, Inversion], None] | None,
+    objectives: Sequence[Callable[..., Any]] = (),
+    on_iteration: Callable[[int, Inversion], None] | None = None,
 ) -> Result:
+    """Batch `batch` of the plan; arguments as for `run`."""
     indices = plan.batch(batch)
     targets = [plan.targets[i] for i in indices]
     loop = Inversion(model, targets, config, indices=indices, objectives=objectives)
