@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
-from smi.config import PRESETS, Config, preset
+from smi.config import PRESETS, preset_or_file
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ class TransferOptions(ModelOptions):
 
         assert self.teacher is not None
         name = self.inversion or ("demo" if self.teacher == EMBEDDED_TEACHER else "paper-transfer")
-        config = preset(name) if name in PRESETS or not Path(name).is_file() else Config.load(name)
-        config = config.replace(snapshots=0).resolved()
+        config = preset_or_file(name).replace(snapshots=0).resolved()
         network = load_model(self.teacher, checkpoint=self.teacher_checkpoint, num_classes=self.teacher_classes)
         teacher = SparseModel(
             network,

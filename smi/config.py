@@ -279,3 +279,8 @@ def preset(name: str) -> Config:
     if not isinstance(name, str) or name not in PRESETS:  # YAML may hold anything
         raise SmiError(f"unknown preset {name!r}.{did_you_mean(str(name), PRESETS)}")
     return PRESETS[name]
+
+
+def preset_or_file(name: str) -> Config:
+    """The named preset, or what the YAML file of that name holds. Raises `SmiError` as `preset` and `Config.load`."""
+    return Config.load(name) if name not in PRESETS and Path(name).is_file() else preset(name)
