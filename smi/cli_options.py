@@ -166,7 +166,9 @@ class InvertOptions(ModelOptions):
     ] = None
     strategy: Annotated[
         str | None,
-        _option("--strategy", panel=_SCHEDULE, help="sparse, dense or random.", autocompletion=_choices("strategy")),
+        _option(
+            "--strategy", panel=_SCHEDULE, help="sparse, dense, random or rebirth.", autocompletion=_choices("strategy")
+        ),
     ] = None
     semantics: Annotated[
         str | None,
@@ -187,6 +189,9 @@ class InvertOptions(ModelOptions):
     prune_ratio: Annotated[
         str | None,
         _option("--prune-ratio", panel=_SCHEDULE, metavar="LIST", help="Share of the patches stopped at each: .3,.3."),
+    ] = None
+    division: Annotated[
+        int | None, _option("--division", panel=_SCHEDULE, help="Images of each trajectory under rebirth.")
     ] = None
     jitter: Annotated[
         str | None,
@@ -230,7 +235,7 @@ class InvertOptions(ModelOptions):
 
     # Flags that are options of the config under the same name.
     _CONFIG_FLAGS: ClassVar = (
-        *("strategy", "semantics", "iterations", "jitter", "best", "batch_size", "seed", "precision"),
+        *("strategy", "semantics", "iterations", "division", "jitter", "best", "batch_size", "seed", "precision"),
         *("cross_entropy", "tv1", "tv2", "l2", "learning_rate"),
     )
 
@@ -265,13 +270,14 @@ class InvertOptions(ModelOptions):
     def make_plan(self, info: ModelInfo, config: Config) -> WorkPlan:
         """The targets: every class unless --classes, one batch (demo: 40 images) unless a number was given."""
         classes = list(range(info.num_classes)) if self.classes is None else parse_classes(self.classes, info)
+        repeat = config.images_per_trajectory
         if self.per_class is not None:
             count = self.per_class * len(classes)
         elif self.num_images is not None:
             count = self.num_images
         else:
-            count = DEMO_IMAGES if self.demo else config.batch_size
-        return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes)
+            count = -(-DEMO_IMAGES // repeat) * repeat if self.demo else config.batch_size * repeat
+        return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes, repeat=repeat)
 
     def pool(self, config: Config) -> Path:
         return self.out or Path("pools") / f"{slug(self.model)}-{config.strategy}"

@@ -95,12 +95,13 @@ class Live:
         self._synthesis, self._fill, self._folder = synthesis, fill, folder
         self.info: ModelInfo = synthesis.teacher.info
         config, classes = synthesis.config, self.info.num_classes
-        images = (epochs + 1) * config.batch_size
+        repeat = config.images_per_trajectory
+        trajectories = (epochs + 1) * config.batch_size
         # Every class as often as any other, each time round in another order, so that no batch is of few neighbours.
         draw = torch.Generator().manual_seed(config.seed)
-        rounds = [torch.randperm(classes, generator=draw).tolist() for _ in range(-(-images // classes))]
-        targets = [target for one in rounds for target in one][:images]
-        self._plan = WorkPlan(tuple(targets), config.batch_size)
+        rounds = [torch.randperm(classes, generator=draw).tolist() for _ in range(-(-trajectories // classes))]
+        targets = [target for one in rounds for target in one][:trajectories]
+        self._plan = WorkPlan(tuple(t for t in targets for _ in range(repeat)), config.batch_size * repeat)
 
     def identity(self) -> dict[str, Any]:
         return {"pool": _digest({"made": "meanwhile", "config": self._synthesis.config.resolved().to_dict()})}
