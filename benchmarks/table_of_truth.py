@@ -45,17 +45,24 @@ INVERTED: dict[str, dict[str, Any]] = {
 }
 EQUAL_COST = "sparse strict, at the cost of dense"
 ROWS = ("real images", *INVERTED, EQUAL_COST, "gaussian noise")
+WHOLE = ", whole image"  # of a sparse pool, with the mean in dropped patches; where none are dropped it is the same
 QUANTIZED = {
-    f"W{weights}A{activations} {observer}": {"weights": weights, "activations": activations, "observer": observer}
-    for weights, activations, observer in (
-        (8, 8, "minmax"),
-        (4, 8, "minmax"),
-        (4, 4, "minmax"),
-        (3, 4, "minmax"),
-        (4, 4, "mse"),
-        (3, 4, "mse"),
+    f"W{weights}A{activations} {observer}{WHOLE if fill else ''}": {
+        "fill": fill,
+        "how": {"weights": weights, "activations": activations, "observer": observer},
+    }
+    for weights, activations, observer, fill in (
+        (8, 8, "minmax", None),
+        (4, 8, "minmax", None),
+        (4, 4, "minmax", None),
+        (3, 4, "minmax", None),
+        (4, 4, "mse", None),
+        (3, 4, "mse", None),
+        (4, 4, "mse", "mean"),
+        (3, 4, "mse", "mean"),
     )
 }
+AS_IT_IS = ", image as it is"
 CALIBRATING = 32  # images, [SMI] section 4.1
 
 
@@ -172,9 +179,9 @@ class Bench:
         return smi.evaluate(network, self.dataset(self.test, data), batch_size=batch_size, device=device).top1
 
 
-def quantized(bench: Bench, row: str, seed: int, how: dict[str, Any]) -> dict[str, Any]:
+def quantized(bench: Bench, row: str, seed: int, fill: Any, how: dict[str, Any]) -> dict[str, Any]:
     """Accuracy of the teacher with so few bits, its ranges taken from the row's first images."""
-    made = smi.quantize(bench.network, from_pool(bench.pool(row, seed), images=CALIBRATING), **how)
+    made = smi.quantize(bench.network, from_pool(bench.pool(row, seed), images=CALIBRATING, fill=fill), **how)
     return {"top1": bench.top1(made.model, made.data, batch_size=16)}  # its many passes stay in the cache
 
 
@@ -219,7 +226,7 @@ def lessons(args: argparse.Namespace, bench: Bench) -> dict[str, Lesson]:
     long = dataclasses.replace(tune, epochs=3 * args.epochs, learning_rate=1e-3, weight_decay=0.05)
     return {
         "linear probe": Lesson(trained, probe),
-        "linear probe, image as it is": Lesson(trained, dataclasses.replace(probe, fill="as-is")),
+        f"linear probe{AS_IT_IS}": Lesson(trained, dataclasses.replace(probe, fill="as-is")),
         "full fine-tuning": Lesson(trained, tune),
         "from scratch": Lesson(fresh, long),
     }
@@ -229,10 +236,16 @@ def cells(args: argparse.Namespace, bench: Bench) -> dict[str, Callable[[str, in
     """Column -> what measures it for a row and a seed."""
     found: dict[str, Callable[[str, int], dict[str, Any]]] = {}
     for column, how in QUANTIZED.items():
-        found[column] = lambda row, seed, how=how: quantized(bench, row, seed, how)  # type: ignore[misc]
+        found[column] = lambda row, seed, how=how: quantized(bench, row, seed, **how)  # type: ignore[misc]
     for column, lesson in lessons(args, bench).items():
         found[column] = lambda row, seed, c=column, x=lesson: taught(bench, row, seed, c, x)  # type: ignore[misc]
     return {column: cell for column, cell in found.items() if not args.columns or column in args.columns}
+
+
+def same(row: str, column: str) -> str:
+    """The column that says the same of a row without dropped patches."""
+    sparse = INVERTED.get(row, {}).get("strategy") in ("sparse", "random") or row == EQUAL_COST
+    return column if sparse else column.removesuffix(WHOLE).removesuffix(AS_IT_IS)
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -314,7 +327,9 @@ def main() -> None:
         for row in [row for row in args.rows if row != "real images" or args.real]:
             entry = table.setdefault(row, {"images": len(bench.pool(row, seed)), "cells": {}})
             for column, cell in columns.items():
-                file = bench.work / "cells" / f"{row}-{seed}-{column}.json".replace(" ", "-").replace(",", "")
+                file = (
+                    bench.work / "cells" / f"{row}-{seed}-{same(row, column)}.json".replace(" ", "-").replace(",", "")
+                )
                 found = once(file, lambda row=row, seed=seed, cell=cell: cell(row, seed))  # type: ignore[misc]
                 entry["cells"].setdefault(column, []).append(found)
                 print(f"seed {seed}: {row}: {column}: {found['top1']:.1%}", flush=True)

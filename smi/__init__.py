@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
+    from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
     from smi.dataset import SyntheticDataset
@@ -40,6 +41,7 @@ _HOME = {
     "Phase": "state",
     "Pool": "pool",
     "PoolWriter": "pool",
+    "PublishedTeacher": "adapters.published",
     "Quantized": "quantization",
     "QuantizedModel": "quantization",
     "Result": "state",
@@ -69,6 +71,7 @@ __all__ = [
     "Phase",
     "Pool",
     "PoolWriter",
+    "PublishedTeacher",
     "Quantized",
     "QuantizedModel",
     "Result",
