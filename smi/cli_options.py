@@ -216,6 +216,12 @@ class InvertOptions(ModelOptions):
         _option("--out", "-o", panel=_RUN, metavar="DIR", help="The pool. Default: pools/MODEL-STRATEGY."),
     ] = None
     overwrite: Annotated[bool, _option("--overwrite", panel=_RUN, help="Start over when the pool exists.")] = False
+    join: Annotated[
+        bool, _option("--join", panel=_RUN, help="Share the work with other runs on the same pool that join too.")
+    ] = False
+    shard: Annotated[
+        str | None, _option("--shard", panel=_RUN, metavar="I/N", help="Only the batches I, I + N, I + 2 N, ...")
+    ] = None
     seed: Annotated[int | None, _option("--seed", panel=_RUN, help="The one source of randomness.")] = None
     precision: Annotated[
         str | None,
@@ -249,6 +255,8 @@ class InvertOptions(ModelOptions):
             raise SmiError(f"--per-class is {self.per_class}; expected at least 1.")
         if self.time_budget is not None:
             parse_duration(self.time_budget)
+        if self.shard is not None:
+            parse_shard(self.shard)
 
     @property
     def demo(self) -> bool:
@@ -370,6 +378,14 @@ def parse_duration(text: str) -> float:
     if not re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[hms]\s*)+|\d+(?:\.\d+)?", text.strip().lower()) or seconds <= 0:
         raise SmiError(f"--time-budget is {text!r}; expected a time such as 90s, 10m or 1h30m.")
     return seconds
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``0/4`` to ``3/4``."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise SmiError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1, e.g. 0/4.")
+    return int(match[1]), int(match[2])
 
 
 def slug(name: str) -> str:

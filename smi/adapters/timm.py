@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -504,9 +505,15 @@ def unsupported_reasons(model: object) -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is the first GPU, else the CPU. Raises `SmiError` for a device that is not there."""
+    """``auto`` is a GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK, else the first.
+
+    Raises `SmiError` for a device that is not there.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        return torch.device(f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError:
