@@ -26,6 +26,7 @@ from smi.cli_options import (
     parse_duration,
     parse_shard,
 )
+from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
@@ -337,6 +338,7 @@ _WITH_OPTIONS = (
     (evaluate, EvaluateOptions),
     (profile, ProfileOptions),
 )
+app.add_typer(pool_app, name="pool")
 for _command_function, _options_class in _WITH_OPTIONS:
     app.command()(command_options(_options_class)(_command_function))
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -128,11 +129,10 @@ class PoolWriter:
             raise SmiError(f"the result does not fit batch {batch} of the pool {str(self.path)!r}: {error}.") from None
         pictures = to_pixels(result.images, self.info)
         with writing(self.path):
-            for index, target, picture in zip(result.indices.tolist(), result.targets.tolist(), pictures, strict=True):
-                name = f"{index:06d}_{slug(self.info.label(target)) or target}.png"
+            for name, picture in zip(picture_names(self.info, result), pictures, strict=True):
                 atomic_write(self.path / "png" / name, encode_png(picture))
             sync_folder(self.path / "png")
-            atomic_write(_shard(self.path, batch), _encode_shard(result))
+            atomic_write(shard_path(self.path, batch), _encode_shard(result))
             sync_folder(self.path / "shards")
 
     def _check_same(self, pool: Pool) -> None:
@@ -210,7 +210,7 @@ class Pool:
         Raises:
             SmiError: the batch has not been made, or its shard is truncated or otherwise damaged.
         """
-        file = _shard(self.path, batch)
+        file = shard_path(self.path, batch)
         if batch not in self.batches:
             raise SmiError(f"the pool {str(self.path)!r} has no batch {batch}; it has {len(self.batches)} batches.")
         try:
@@ -232,6 +232,12 @@ def to_pixels(images: Tensor, info: ModelInfo) -> Tensor:
     """(..., C, H, W) float32, normalised -> uint8 pictures: clipped to [0, 1], then rounded to 256 levels."""
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (info.mean, info.std))
     return (images * std + mean).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def picture_names(info: ModelInfo, result: Result) -> list[str]:
+    """File names of the pictures of a batch."""
+    pairs = zip(result.indices.tolist(), result.targets.tolist(), strict=True)
+    return [f"{index:06d}_{slug(info.label(target)) or target}.png" for index, target in pairs]
 
 
 def encode_png(picture: Tensor) -> bytes:
@@ -286,7 +292,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _shard(path: Path, batch: int) -> Path:
+def shard_path(path: Path, batch: int) -> Path:
     return path / "shards" / f"{batch:05d}.safetensors"
 
 
@@ -298,7 +304,7 @@ def _present(path: Path, plan: WorkPlan) -> list[int]:
         return []
     except OSError as error:
         raise SmiError(f"cannot read {str(path / 'shards')!r}: {_reason(error)}.") from None
-    return [batch for batch in range(plan.num_batches) if _shard(path, batch).name in files]
+    return [batch for batch in range(plan.num_batches) if shard_path(path, batch).name in files]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -432,7 +438,31 @@ def _encode_shard(result: Result) -> bytes:
     # safetensors refuses tensors that share memory, such as rows of one history.
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     extra = {"snapshot_at": result.snapshot_at, "phases": [dataclasses.asdict(phase) for phase in result.phases]}
-    return save(tensors, {"smi": json.dumps(extra)})
+    return save(tensors, {"smi": json.dumps({**extra, "sha256": _hash(tensors, extra)})})
+
+
+def read_hash(file: Path) -> tuple[str | None, str]:
+    """The hash that a shard was given when it was made (None by versions that gave none), and that of what it holds.
+
+    Raises:
+        SmiError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+            extra = dict(json.loads((shard.metadata() or {})["smi"]))
+        return extra.pop("sha256", None), _hash(tensors, extra)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SmiError(f"the shard {str(file)!r} cannot be read: {_reason(error)}.") from None
+
+
+def _hash(tensors: dict[str, Tensor], extra: dict[str, Any]) -> str:
+    """SHA-256 over `extra` and the names, shapes, dtypes and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _decode_shard(file: Path) -> Result:

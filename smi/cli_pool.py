@@ -1,0 +1,72 @@
+"""The ``smi pool`` commands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from smi.cli_progress import duration, size
+
+pool_app = typer.Typer(help="Verify, merge and count pools.", no_args_is_help=True)
+
+_Pool = Annotated[Path, typer.Argument(metavar="POOL", help="Folder that smi invert has filled.", show_default=False)]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)]
+
+
+@pool_app.command()
+def verify(pool: _Pool, as_json: _Json = False) -> None:
+    """Read every batch and compare it with the hash stored when it was made. Exit code 1 if anything is wrong."""
+    from smi.pool_tools import verify as check
+
+    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
+        task = bar.add_task("reading")
+        found = check(pool, lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        for problem in found.problems:
+            print(problem)
+        print(f"{found.batches} batches with {found.images} images are whole, {found.missing} are not made yet")
+        if found.unhashed:
+            print(f"{found.unhashed} of them are of a version that stored no hash: their form is right")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@pool_app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Pools of one plan.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The pool to fill.", show_default=False)],
+) -> None:
+    """Put parts of one plan, made with --shard in folders of their own, into one pool; the parts stay as they are."""
+    from smi.pool_tools import merge as put_together
+
+    pool = put_together(parts, out)
+    print(
+        f"{out}: {len(pool)} of {len(pool.plan.targets)} images, {len(pool.batches)} of {pool.plan.num_batches} batches"
+    )
+
+
+@pool_app.command()
+def stats(pool: _Pool, as_json: _Json = False) -> None:
+    """Count what is in a pool: images of each class, agreement, time, bytes."""
+    from smi.pool_tools import stats as count
+
+    found = count(pool)
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{pool}: {found['images']} of {found['planned']} images of {found['model']}")
+    if found["images"]:
+        print(f"  time      {duration(found['seconds'])}, {found['images_per_second']:.3f} images/s of one worker")
+        print(f"  work      {found['flops'] / 1e12:.2f} TFLOP")
+        print(f"  agreement {found['teacher_agreement']:.1%} with the teacher")
+    print(f"  disk      {size(found['bytes']['shards'])} of shards, {size(found['bytes']['png'])} of pictures")
+    for label, images in found["classes"].items():
+        print(f"  {images:>8} {label}")
