@@ -437,7 +437,8 @@ def _encode_shard(result: Result) -> bytes:
     tensors |= {f"history.{name}": values for name, values in result.history.items()}
     # safetensors refuses tensors that share memory, such as rows of one history.
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    extra = {"snapshot_at": result.snapshot_at, "phases": [dataclasses.asdict(phase) for phase in result.phases]}
+    phases = [dataclasses.asdict(phase) for phase in result.phases]
+    extra: dict[str, Any] = {"snapshot_at": result.snapshot_at, "phases": phases, "tries": result.tries}
     return save(tensors, {"smi": json.dumps({**extra, "sha256": _hash(tensors, extra)})})
 
 
@@ -478,4 +479,5 @@ def _decode_shard(file: Path) -> Result:
         history={name.removeprefix("history."): v for name, v in tensors.items() if name.startswith("history.")},
         snapshot_at=at,
         phases=[_build(Phase, phase) for phase in extra["phases"]],
+        tries=int(extra.get("tries", 1)),
     )

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from smi.errors import SmiError
 from smi.inversion import Inversion, check_fit
 from smi.objectives import Objectives
 from smi.pool import PoolWriter
+from smi.state import Result, joined
 from smi.workers import Workers
 
 if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
     from smi.config import Config
-    from smi.state import Result, WorkPlan
+    from smi.state import WorkPlan
 
 
+_TRIES, _NEXT_SEED = 3, 1_000_003  # seeds that a batch is tried with, and how far they lie apart
 _LOOK_AGAIN = 2.0  # seconds, while all that is left is in other runs' hands
 
 
@@ -162,8 +169,52 @@ def invert_batch(
     objectives: Sequence[Callable[..., Any]] = (),
     on_iteration: Callable[[int, Inversion], None] | None = None,
 ) -> Result:
-    """Batch `batch` of the plan; arguments as for `run`."""
-    indices = plan.batch(batch)
+    """Batch `batch` of the plan; arguments as for `run`.
+
+    Where the images come out with values that are not finite, from another seed, a function of the config's and of the
+    try, so that any worker finds the same; `Result.tries` tells. Where a GPU's memory does not suffice, in halves,
+    which changes nothing if images do not depend on each other.
+
+    Raises:
+        SmiError: not finite for the third time, or no memory and images that depend on their batch.
+    """
+    indices = list(plan.batch(batch))
+    report = None if on_iteration is None else functools.partial(on_iteration, batch)
+    for tries in range(_TRIES):
+        seeded = config.replace(seed=config.seed + tries * _NEXT_SEED)
+        result = _invert(model, plan, seeded, indices, objectives, report)
+        if result.images.isfinite().all() and result.logits.isfinite().all():
+            return dataclasses.replace(result, tries=tries + 1)
+        warnings.warn(f"batch {batch} has values that are not finite; it is made anew from another seed.", stacklevel=2)
+    raise SmiError(
+        f"batch {batch} has values that are not finite, from {_TRIES} seeds. Use a smaller learning rate than "
+        f"{config.learning_rate:g}, or precision fp32 or bf16."
+    )
+
+
+def _invert(
+    model: SparseModel,
+    plan: WorkPlan,
+    config: Config,
+    indices: list[int],
+    objectives: Sequence[Callable[..., Any]],
+    report: Callable[[Inversion], None] | None,
+) -> Result:
     targets = [plan.targets[i] for i in indices]
-    loop = Inversion(model, targets, config, indices=indices, objectives=objectives)
-    return loop.run(None if on_iteration is None else lambda inversion: on_iteration(batch, inversion))
+    try:
+        return Inversion(model, targets, config, indices=indices, objectives=objectives).run(report)
+    except torch.OutOfMemoryError as error:
+        shortage = str(error).split(". ")[0]
+    resolved, repeat = config.resolved(), config.images_per_trajectory
+    if len(indices) < 2 * repeat:
+        raise SmiError(f"one image is too much for the memory of {model.device}: {shortage}.")
+    if (resolved.norm, resolved.augment_per) != ("image", "image"):
+        raise SmiError(
+            f"{len(indices)} images are too much for the memory of {model.device}: {shortage}. Use a smaller "
+            f"batch_size: with norms or augmentation over the batch it is part of the meaning, so it stays here."
+        )
+    torch.cuda.empty_cache()
+    half = len(indices) // repeat // 2 * repeat
+    warnings.warn(f"{len(indices)} images are too much for the memory: made in two halves.", stacklevel=2)
+    halves = indices[:half], indices[half:]
+    return joined([_invert(model, plan, config, part, objectives, report) for part in halves], config.snapshots)

@@ -84,6 +84,7 @@ class Result:
         snapshots: (S, n, C, H, W) uint8 pictures of the first n images at `snapshot_at`, the last being the result.
         snapshot_at: S iterations.
         phases: in order.
+        tries: seeds that it took to get finite images, see `smi.run.invert_batch`; 1 is the config's own.
     """
 
     images: Tensor
@@ -97,6 +98,36 @@ class Result:
     snapshots: Tensor
     snapshot_at: list[int]
     phases: list[Phase] = field(default_factory=list)
+    tries: int = 1
+
+
+def joined(parts: Sequence[Result], snapshots: int) -> Result:
+    """One result of the images of all parts, which were made one after the other by one config of so many snapshots."""
+    import torch
+
+    sizes = [len(part.images) for part in parts]
+    history = {
+        name: sum(part.history[name] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
+        for name in parts[0].history
+    }
+    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in _ROWS}
+    stages = zip(*(part.phases for part in parts), strict=True)
+    phases = [
+        Phase(same[0].start, same[0].stop, same[0].kept, sum(p.seconds for p in same), sum(p.flops for p in same))
+        for same in stages
+    ]
+    return Result(
+        **rows,
+        losses={name: torch.cat([part.losses[name] for part in parts]) for name in parts[0].losses},
+        history=history,  # type: ignore[arg-type]
+        snapshots=torch.cat([part.snapshots for part in parts], 1)[:, :snapshots],
+        snapshot_at=parts[0].snapshot_at,
+        phases=phases,
+        tries=max(part.tries for part in parts),
+    )
+
+
+_ROWS = ("images", "keep", "dropped_at", "targets", "indices", "logits")
 
 
 @dataclass(frozen=True)

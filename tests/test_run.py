@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -315,3 +317,85 @@ def test_doctor_says_why_a_model_is_not_supported() -> None:
 def test_doctor_refuses_a_name_that_is_none() -> None:
     with pytest.raises(smi.SmiError, match="unknown model"):
         doctor("no_such_model")
+
+
+# --- what goes wrong within a batch ---
+
+
+def test_a_batch_that_is_not_finite_is_made_from_another_seed_and_says_so(
+    model: smi.SparseModel, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch 1 fails with the seed of the config alone, wherever it is made."""
+    real = Inversion.result
+
+    def spoilt(self: Inversion) -> smi.Result:
+        found = real(self)
+        if 3 in self.indices and self.config.seed == CONFIG.seed:
+            found.images[1, 0, 2, 2] = torch.nan
+        return found
+
+    monkeypatch.setattr(Inversion, "result", spoilt)
+    with pytest.warns(UserWarning, match="batch 1 has values that are not finite; it is made anew from another seed"):
+        done = run(model, PLAN, CONFIG, tmp_path / "pool")
+    assert done.complete
+    pool = Pool(tmp_path / "pool")
+    assert [pool.load(batch).tries for batch in range(3)] == [1, 2, 1]
+    assert_same(pool.load(0), Pool(whole).load(0))
+    indices = PLAN.batch(1)
+    other = CONFIG.replace(seed=CONFIG.seed + 1_000_003)
+    alone = Inversion(model, [PLAN.targets[i] for i in indices], other, indices=indices).run()
+    assert torch.equal(pool.load(1).images, alone.images)
+
+    def infinite(self: Inversion) -> smi.Result:
+        found = real(self)
+        return dataclasses.replace(found, logits=torch.full_like(found.logits, torch.inf))
+
+    monkeypatch.setattr(Inversion, "result", infinite)
+    failed = pytest.raises(smi.SmiError, match=r"batch 0 .* not finite, from 3 seeds")
+    with pytest.warns(UserWarning, match="not finite"), failed:
+        run(model, PLAN, CONFIG, tmp_path / "other")
+    assert Pool(tmp_path / "other").batches == []
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    real = Inversion.run
+
+    def starved(self: Inversion, *args: Any) -> smi.Result:
+        if len(self.images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much")
+        return real(self, *args)
+
+    monkeypatch.setattr(Inversion, "run", starved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"strategy": "rebirth", "division": 2, "batch_size": 3}], ids=str)
+def test_a_batch_too_large_for_the_memory_is_made_in_halves(
+    model: smi.SparseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    config = CONFIG.replace(**changes, snapshots=4)
+    plan = WorkPlan.balanced(range(CLASSES), 6, 3, CLASSES, repeat=config.images_per_trajectory)
+    run(model, plan, config, tmp_path / "whole")
+    short_of_memory(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="too much for the memory: made in two halves"):
+        run(model, plan, config, tmp_path / "halves")
+    for mine, expected in zip(Pool(tmp_path / "halves"), Pool(tmp_path / "whole"), strict=True):
+        assert torch.equal(mine.keep, expected.keep) and torch.equal(mine.dropped_at, expected.dropped_at)
+        torch.testing.assert_close(mine.images, expected.images, rtol=0, atol=1e-4)
+        assert mine.snapshots.shape == expected.snapshots.shape
+        for name, curve in expected.history.items():
+            torch.testing.assert_close(mine.history[name], curve, rtol=1e-3, atol=1e-4)
+        assert [(p.start, p.stop, p.kept, p.flops) for p in mine.phases] == [
+            (p.start, p.stop, p.kept, p.flops) for p in expected.phases
+        ]
+
+
+def test_where_halves_would_change_the_meaning_it_is_said(
+    model: smi.SparseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, 1)
+    with pytest.raises(smi.SmiError, match=r"3 images are too much .* Use a smaller batch_size"):
+        run(model, PLAN, CONFIG.replace(semantics="official"), tmp_path / "pool")
+    short_of_memory(monkeypatch, 0)
+    failed = pytest.raises(smi.SmiError, match="one image is too much for the memory of cpu")
+    with pytest.warns(UserWarning, match="two halves"), failed:
+        run(model, PLAN, CONFIG, tmp_path / "pool2")
