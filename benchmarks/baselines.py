@@ -208,6 +208,21 @@ class Baseline:
         if self.recipe.host_read:
             self.loss.item()
 
+    def warm_up(self) -> None:
+        """Compile for every number of patches to come, before the first step; nothing else changes."""
+        if not self.recipe.compiled:
+            return
+        images, every = self.images.detach().clone(), self.keep
+        with self._on_own_stream():
+            for count in (self.network.num_patches, *self.schedule.values()):
+                self.keep = every[:, :count].contiguous()
+                self._body()
+            with torch.no_grad():
+                self.images.copy_(images)
+                for moment in (*self._moments, self._t):
+                    moment.zero_()
+        self.keep = every
+
     def _body(self) -> None:
         """Everything of a step that the device does."""
         cells = self.keep if self.keep.shape[1] < self.network.num_patches else None

@@ -7,24 +7,17 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from small import PRUNED, tiny
+from small import PRUNED, one_thread, tiny  # noqa: F401
 from torch import Tensor
 
 import smi
 from benchmarks.baselines import BASELINES, Baseline
+from benchmarks.baselines_timm import PEERS, Peer, merge, merge_tokens
 from smi.augment import NOISE, draw_offsets, normal_images
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 B = 3
 CONFIG = smi.Config(semantics="official", seed=3, tv1=0.01, l2=1e-3, **PRUNED).resolved()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -119,6 +112,15 @@ def test_through_inductor_too() -> None:
     assert (compiled.images - eager.images).abs().max() < 1e-3
 
 
+def test_compiling_ahead_changes_nothing() -> None:
+    cold, warm = (Baseline("C16", **start(), exact=True, compiler="none") for _ in range(2))
+    warm.warm_up()
+    for _ in range(5):
+        cold.step()
+        warm.step()
+    assert torch.equal(cold.images, warm.images) and torch.equal(cold.keep, warm.keep)
+
+
 def test_another_model_or_semantics_is_refused_with_the_mend() -> None:
     given = start(torch.float32)
     with pytest.raises(smi.SmiError, match="Did you mean 'E32s'"):
@@ -132,3 +134,46 @@ def test_another_model_or_semantics_is_refused_with_the_mend() -> None:
 def test_on_a_cpu_the_row_says_what_is_left_out() -> None:
     assert Baseline("E32f+graph", **start(torch.float32)).notes == ("no CUDA graph on a CPU", "no TF32 on a CPU")
     assert Baseline("E32s", **start(torch.float32)).notes == ()
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_that_leaves_nothing_out_is_timms_own_forward(name: str) -> None:
+    given = start()
+    peer = Peer(name, given["model"], given["images"], given["targets"], kept=16, exact=True)
+    leaf = given["images"].clone().requires_grad_(True)
+    logits = given["model"](leaf)
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, given["targets"]), leaf)
+    assert (peer.gradient() - expected).abs().max() < 1e-12
+    assert (peer.logits - logits).abs().max() < 1e-12
+
+
+def test_tokens_merge_by_hand() -> None:
+    x = torch.tensor([[[9.0], [1.0], [2.0], [4.0], [8.0]]])  # class, a1, b0 ... alternate
+    metric = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
+    # Of the tokens 2 and 4 the first is most like token 1 (0.96), the second most like token 3 (0.8).
+    merged, size = merge(x, torch.tensor([[[1.0], [1.0], [3.0], [1.0], [1.0]]]), metric, 1)
+    assert merged.flatten().tolist() == [9, 8, 1.75, 4]  # (1 * 1 + 3 * 2) / 4
+    assert size.flatten().tolist() == [1, 1, 4, 1]
+
+
+def test_merging_ends_with_so_many_tokens_that_stand_for_all_patches() -> None:
+    model = tiny()
+    merge_tokens(model, 8)
+    seen = []
+    model.norm.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    model(start(torch.float32)["images"])
+    assert seen == [1 + 8]
+    assert model.blocks[-1].sizes.value.sum(1).flatten().tolist() == [17] * B
+
+
+def test_patch_dropout_feeds_so_many_patches_and_a_peer_descends() -> None:
+    given = start(torch.float32)
+    peer = Peer("PatchDropout", given["model"], given["images"], given["targets"], kept=5)
+    touched = (peer.gradient().reshape(B, 3, 4, 4, 4, 4) != 0).any(dim=(1, 3, 5)).sum(dim=(1, 2))
+    assert touched.tolist() == [5] * B
+    merging = Peer("ToMe", given["model"], given["images"], given["targets"], kept=8)
+    losses = []
+    for _ in range(8):
+        merging.step()
+        losses.append(torch.nn.functional.cross_entropy(merging.logits, given["targets"]).item())
+    assert losses[-1] < losses[0] / 2
