@@ -112,6 +112,8 @@ class Baseline:
         mean, std: per channel, of the model's normalisation.
         exact: compute in the model's own dtype whatever the recipe says, for parity checks.
         compiler: backend of torch.compile, or ``none`` to do without.
+        tune: let inductor try all its candidates on a GPU, as the recipe says; without, it compiles far sooner.
+        graphs: capture CUDA graphs where the recipe says so.
 
     Attributes:
         iteration: iterations done.
@@ -137,13 +139,15 @@ class Baseline:
         *,
         exact: bool = False,
         compiler: str = "inductor",
+        tune: bool = True,
+        graphs: bool = True,
     ) -> None:
         self.name, self.recipe = name, recipe(name)
         self.config = config = _official(config).replace(strategy="dense" if self.recipe.dense else "sparse")
         self.device = images.device
         on_gpu = self.device.type == "cuda"
         self.precision: Precision = "fp32" if exact else self.recipe.precision
-        self.in_graph = self.recipe.captured and on_gpu
+        self.in_graph = self.recipe.captured and on_gpu and graphs
         self.notes = _notes(self.recipe, on_gpu, exact)
         twin = copy.deepcopy(model).to(self.device).eval().requires_grad_(self.recipe.trainable)
         self.network = Network(twin.bfloat16() if self.precision == "bf16" else twin, maps=self.recipe.maps)
@@ -167,16 +171,16 @@ class Baseline:
         self._graph: Any = None
         self._in_phase = 0
         self._t = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._start_update(compiler)
+        self._start_update(compiler, tune and on_gpu)
 
-    def _start_update(self, compiler: str) -> None:
+    def _start_update(self, compiler: str, tune: bool) -> None:
         config = self.config
         if self.recipe.compiled:
             self._moments = torch.zeros_like(self.images), torch.zeros_like(self.images)
             self._objective: Callable[..., tuple[Tensor, Tensor]] = _compiled(
                 self._objective_of, compiler, self.in_graph
             )
-            self._update: Callable[..., None] = _compiled(_adam_clamp_, compiler, self.in_graph)
+            self._update: Callable[..., None] = _compiled(_adam_clamp_, compiler, tune)
         else:
             self._objective = self._objective_of
             self._adam = torch.optim.Adam(
@@ -380,13 +384,13 @@ def _notes(recipe: Recipe, on_gpu: bool, exact: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _compiled(function: Callable[..., Any], compiler: str, on_gpu: bool) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], compiler: str, tune: bool) -> Callable[..., Any]:
     if compiler == "none":
         return function
     # All numbers of patches of all models share a function, and each compiles for itself.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     # On a CPU there is nothing to tune, and C++ to compile for each candidate.
-    mode = {"mode": "max-autotune-no-cudagraphs"} if compiler == "inductor" and on_gpu else {}
+    mode = {"mode": "max-autotune-no-cudagraphs"} if compiler == "inductor" and tune else {}
     return torch.compile(function, fullgraph=True, dynamic=False, backend=compiler, **mode)
 
 

@@ -103,6 +103,9 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             skip(which, "out of memory")
             continue
+        except RuntimeError as error:  # a compiler's, say; the others can still be measured
+            skip(which, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
         # Ours brought its weights along with `model`, before.
         fixed = pixels + (0 if which == OURS else made.weight_bytes)
         found[which]["memory"] = None if memory.peak is None else memory.peak - fixed

@@ -17,6 +17,7 @@ OURS = "SMI"
 # The least cosine of the pixel gradient and the least share of the same kept patches, by arithmetic.
 LEAST = {"fp32": (0.9999, 0.98), "tf32": (0.999, 0.95), "bf16": (0.99, 0.9)}
 GATED = 4  # images
+STEPS = 8  # iterations that a run of the gate may have: enough for a graph to be captured and replayed
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Gate:
     """The verdict on one implementation.
 
     Attributes:
-        cosine: the lower of two, with all patches fed and with the kept ones, of the gradient of cross-entropy.
+        cosine: the lowest, with all patches fed and with the kept ones, of the gradient of cross-entropy.
         overlap: share of the patches kept at a pruning that the reference keeps, too; None where nothing is ranked.
         arithmetic: key of `LEAST`.
         reason: why it failed; empty if it passed.
@@ -67,11 +68,11 @@ class Reference:
     def __init__(self, network: Any, start: dict[str, Any], kept: int) -> None:
         patches = network.patch_embed.num_patches
         config = start["config"].replace(
-            iterations=3, prune_at=(1,), prune_ratio=(1 - (kept + 0.5) / patches,), tv1=0.0, tv2=0.0, l2=0.0
+            iterations=STEPS, prune_at=(1,), prune_ratio=(1 - (kept + 0.5) / patches,), tv1=0.0, tv2=0.0, l2=0.0
         )
         self.network, self.kept = network, kept
         few = {"images": start["images"][:GATED], "targets": start["targets"][:GATED]}
-        offsets = start["offsets"][:3].clone()
+        offsets = start["offsets"][:STEPS].clone()
         offsets[:2] = 0  # as at any pruning; the dense ones, which never prune, shall see the same
         self.start = {**start, **few, "offsets": offsets, "config": config}
         self.dense = self._of("E32d").gradient()
@@ -87,12 +88,18 @@ class Reference:
         return Baseline(name, wide, **given, exact=True)
 
     def of_baseline(self, name: str) -> Gate:
-        """Gradients and ranking of the named baseline, each by its own code."""
-        run = Baseline(name, self.network, **self.start)
+        """Gradients and ranking of the named baseline, each by its own code.
+
+        Of one in a CUDA graph also the way that several steps go, replayed, against the same steps without a graph.
+        """
+        run = Baseline(name, self.network, **self.start, tune=False)
         arithmetic = {"fp32": "fp32", "tf32": "tf32"}.get(run.precision, "bf16")
         cosines = [cosine(run.gradient(), self.dense)]
+        if run.in_graph:
+            moved = [self._way(name, graphs) for graphs in (False, True)]
+            cosines.append(cosine(*moved))
         if run.recipe.dense:
-            return judged(cosines[0], None, arithmetic)
+            return judged(min(cosines), None, arithmetic)
         run.step()
         run.step()
         overlap = shared(run.keep, self.keep)
@@ -101,6 +108,13 @@ class Reference:
             run.images.copy_(self.images)
         cosines.append(cosine(run.gradient(), self.sparse))
         return judged(min(cosines), overlap, arithmetic)
+
+    def _way(self, name: str, graphs: bool) -> Tensor:
+        """What all steps together add to the images."""
+        run = Baseline(name, self.network, **self.start, tune=False, graphs=graphs)
+        for _ in range(STEPS):
+            run.step()
+        return run.images.detach() - self.start["images"]
 
     def of_library(self, model: smi.SparseModel) -> Gate:
         """Gradients through the operators that an inversion runs on, and the ranking of an inversion itself."""

@@ -35,7 +35,7 @@ def random_weights(network: Any, seed: int = 0) -> None:
 
 def begin(network: Any, info: smi.ModelInfo, config: smi.Config, device: torch.device) -> dict[str, Any]:
     """What `Baseline` takes after the model: official semantics, noise, draws and targets from the config's seed."""
-    config = config.replace(semantics="official").resolved()
+    config = config.replace(semantics="official", result_mask="carried").resolved()  # judged on what was fed
     indices = range(config.batch_size)
     size = (info.input_size[1], info.input_size[2])
     return {

@@ -63,7 +63,7 @@ def test_a_composed_schedule_adds_up_its_phases(record: dict[str, Any]) -> None:
 
 def test_a_whole_schedule_ends_where_the_library_does(record: dict[str, Any]) -> None:
     (row,) = [r for r in record["rows"] if r["phase"] == "whole"]
-    expected = smi.invert(network(), [0, 1, 2], CONFIG.replace(semantics="official"))
+    expected = smi.invert(network(), [0, 1, 2], CONFIG.replace(semantics="official", result_mask="carried"))
     assert row["schedule"] == "measured" and row["final"]["iterations"] == 14
     assert row["final"]["cross_entropy"] == pytest.approx(expected.losses["cross_entropy"].mean().item(), rel=1e-4)
     agreed = (expected.logits.argmax(1) == expected.targets).float().mean().item()
@@ -75,6 +75,16 @@ def test_without_time_nothing_begins_and_the_record_says_so(tmp_path: Path) -> N
     assert not found["rows"]
     assert [s["reason"] for s in found["skipped"]] == ["no time left"] * 4
     assert "no time left" in readme_end_to_end.section(found, "here")
+
+
+def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(gate.Reference, "of_baseline", fail)
+    found = run(tmp_path / "record.json", implementations=("SMI", "E32s"), whole=())
+    assert [r["implementation"] for r in found["rows"]] == ["SMI"]
+    assert [s["reason"] for s in found["skipped"]] == ["RuntimeError: no such kernel"]
 
 
 def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> None:
