@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.readme_end_to_end import goals, section
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: made by python -m benchmarks.readme -->", "<!-- end of measured -->"
 
@@ -25,6 +27,9 @@ def measured() -> str:
     parts = [_speed(record) for record in results("sparse_vs_dense")]
     parts += [_operators(record) for record in results("cpu_operators")]
     parts += [_agreement(record) for record in results("agreement")]
+    runs = results("end_to_end")
+    parts += [section(record, _where(record)) for record in runs]
+    parts.append(goals(runs))
     return "\n\n".join(parts)
 
 
