@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
+    from smi import losses
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
     from smi.dataset import SyntheticDataset
@@ -56,6 +57,8 @@ _HOME = {
     "teach": "transfer",
 }
 
+_MODULES = ("losses",)
+
 __all__ = [
     "PRESETS",
     "Config",
@@ -80,6 +83,7 @@ __all__ = [
     "invert",
     "load_model",
     "load_quantized",
+    "losses",
     "preset",
     "quantize",
     "teach",
@@ -87,6 +91,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"smi.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'smi' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"smi.{_HOME[name]}"), name)

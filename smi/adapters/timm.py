@@ -193,7 +193,7 @@ class SparseModel:
         network_dtype = torch.bfloat16 if precision == "bf16" else self.dtype
         _check_finite(model)
 
-        twin = _frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
+        twin = frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
         embed = twin.patch_embed
         channels, prefix = embed.proj.in_channels, twin.num_prefix_tokens
         height, width = embed.img_size
@@ -493,7 +493,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _frozen_twin(model: nn.Module) -> Any:
+def frozen_twin(model: nn.Module) -> Any:
     """A copy of the module tree on the same storage, with no parameter requiring a gradient."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo.update((id(buffer), buffer) for buffer in model.buffers())
