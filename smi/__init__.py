@@ -16,12 +16,14 @@ from smi._version import __version__
 
 if TYPE_CHECKING:
     from smi import losses
+    from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
     from smi.dataset import SyntheticDataset
     from smi.errors import SmiError
     from smi.evaluation import Evaluation, evaluate
     from smi.inversion import Inversion, invert
+    from smi.lessons import Synthesis
     from smi.models import load_model
     from smi.objectives import Context, Objective
     from smi.pool import Pool, PoolWriter
@@ -40,11 +42,13 @@ _HOME = {
     "Phase": "state",
     "Pool": "pool",
     "PoolWriter": "pool",
+    "PublishedTeacher": "adapters.published",
     "Quantized": "quantization",
     "QuantizedModel": "quantization",
     "Result": "state",
     "SmiError": "errors",
     "SparseModel": "adapters.timm",
+    "Synthesis": "lessons",
     "SyntheticDataset": "dataset",
     "TransferConfig": "transfer",
     "WorkPlan": "state",
@@ -70,11 +74,13 @@ __all__ = [
     "Phase",
     "Pool",
     "PoolWriter",
+    "PublishedTeacher",
     "Quantized",
     "QuantizedModel",
     "Result",
     "SmiError",
     "SparseModel",
+    "Synthesis",
     "SyntheticDataset",
     "TransferConfig",
     "WorkPlan",

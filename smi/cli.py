@@ -18,7 +18,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from smi._version import __version__
-from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options, parse_duration
+from smi.cli_options import (
+    EMBEDDED_TEACHER,
+    InvertOptions,
+    ModelOptions,
+    command_options,
+    parse_duration,
+    parse_shard,
+)
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
@@ -191,6 +198,8 @@ def _invert(options: InvertOptions) -> None:
             config,
             out,
             overwrite=options.overwrite,
+            join=options.join,
+            shard=None if options.shard is None else parse_shard(options.shard),
             time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
             on_open=opened,
             on_iteration=reporter.iteration,

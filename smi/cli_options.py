@@ -166,7 +166,9 @@ class InvertOptions(ModelOptions):
     ] = None
     strategy: Annotated[
         str | None,
-        _option("--strategy", panel=_SCHEDULE, help="sparse, dense or random.", autocompletion=_choices("strategy")),
+        _option(
+            "--strategy", panel=_SCHEDULE, help="sparse, dense, random or rebirth.", autocompletion=_choices("strategy")
+        ),
     ] = None
     semantics: Annotated[
         str | None,
@@ -187,6 +189,9 @@ class InvertOptions(ModelOptions):
     prune_ratio: Annotated[
         str | None,
         _option("--prune-ratio", panel=_SCHEDULE, metavar="LIST", help="Share of the patches stopped at each: .3,.3."),
+    ] = None
+    division: Annotated[
+        int | None, _option("--division", panel=_SCHEDULE, help="Images of each trajectory under rebirth.")
     ] = None
     jitter: Annotated[
         str | None,
@@ -211,6 +216,12 @@ class InvertOptions(ModelOptions):
         _option("--out", "-o", panel=_RUN, metavar="DIR", help="The pool. Default: pools/MODEL-STRATEGY."),
     ] = None
     overwrite: Annotated[bool, _option("--overwrite", panel=_RUN, help="Start over when the pool exists.")] = False
+    join: Annotated[
+        bool, _option("--join", panel=_RUN, help="Share the work with other runs on the same pool that join too.")
+    ] = False
+    shard: Annotated[
+        str | None, _option("--shard", panel=_RUN, metavar="I/N", help="Only the batches I, I + N, I + 2 N, ...")
+    ] = None
     seed: Annotated[int | None, _option("--seed", panel=_RUN, help="The one source of randomness.")] = None
     precision: Annotated[
         str | None,
@@ -230,7 +241,7 @@ class InvertOptions(ModelOptions):
 
     # Flags that are options of the config under the same name.
     _CONFIG_FLAGS: ClassVar = (
-        *("strategy", "semantics", "iterations", "jitter", "best", "batch_size", "seed", "precision"),
+        *("strategy", "semantics", "iterations", "division", "jitter", "best", "batch_size", "seed", "precision"),
         *("cross_entropy", "tv1", "tv2", "l2", "learning_rate"),
     )
 
@@ -244,6 +255,8 @@ class InvertOptions(ModelOptions):
             raise SmiError(f"--per-class is {self.per_class}; expected at least 1.")
         if self.time_budget is not None:
             parse_duration(self.time_budget)
+        if self.shard is not None:
+            parse_shard(self.shard)
 
     @property
     def demo(self) -> bool:
@@ -265,13 +278,14 @@ class InvertOptions(ModelOptions):
     def make_plan(self, info: ModelInfo, config: Config) -> WorkPlan:
         """The targets: every class unless --classes, one batch (demo: 40 images) unless a number was given."""
         classes = list(range(info.num_classes)) if self.classes is None else parse_classes(self.classes, info)
+        repeat = config.images_per_trajectory
         if self.per_class is not None:
             count = self.per_class * len(classes)
         elif self.num_images is not None:
             count = self.num_images
         else:
-            count = DEMO_IMAGES if self.demo else config.batch_size
-        return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes)
+            count = -(-DEMO_IMAGES // repeat) * repeat if self.demo else config.batch_size * repeat
+        return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes, repeat=repeat)
 
     def pool(self, config: Config) -> Path:
         return self.out or Path("pools") / f"{slug(self.model)}-{config.strategy}"
@@ -364,6 +378,14 @@ def parse_duration(text: str) -> float:
     if not re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[hms]\s*)+|\d+(?:\.\d+)?", text.strip().lower()) or seconds <= 0:
         raise SmiError(f"--time-budget is {text!r}; expected a time such as 90s, 10m or 1h30m.")
     return seconds
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``0/4`` to ``3/4``."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise SmiError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1, e.g. 0/4.")
+    return int(match[1]), int(match[2])
 
 
 def slug(name: str) -> str:

@@ -32,12 +32,14 @@ class Config:
 
     Attributes:
         strategy: which patches are fed: all (``dense``), the highest ranked (``sparse``), or a random choice of the
-            same number (``random``, the control that every claim about ranking needs). Dense ignores the schedule.
+            same number (``random``, the control that every claim about ranking needs); ``rebirth`` takes the highest
+            ranked out as a finished image and goes on with the rest. Dense and rebirth ignore the schedule.
         semantics: ``strict`` is what the paper says (a stopped patch is a constant), ``official`` what its published
             code does (it goes on moving under the priors and Adam). See `resolved`.
         iterations: number of update steps T.
         prune_at: iterations t at which patches are stopped, 1 <= t < T, increasing, no two adjacent.
         prune_ratio: share r of the surviving patches stopped at each, 0 < r < 1; floor(K (1 - r)) go on.
+        division: v of ``rebirth``: sparse images of each trajectory, of which each has floor(N / v) of N patches.
         ranking: what patches are ranked by; ``auto`` takes the best signal the model has.
         cross_entropy, tv1, tv2, l2: weights of the built-in objectives.
         learning_rate, beta1, beta2, eps: Adam on the pixels, no weight decay.
@@ -51,7 +53,8 @@ class Config:
             the final image and keeps floor((N + prefix) prod(1 - r)), as the published code does.
         best: return each image's best iterate (lowest objective on an un-augmented evaluation, since the last
             pruning) in place of the last one; evaluated every `best_every` iterations.
-        batch_size: images per batch; under official semantics part of the meaning (norms run over the batch).
+        batch_size: images inverted together, for ``rebirth`` trajectories, of `division` images each; under official
+            semantics part of the meaning (norms run over the batch).
         seed: the one source of randomness, >= 0.
         precision: arithmetic of the network; pixels, moments and losses are always float32. `tf32` and `fp16` run on
             the fused kernels alone.
@@ -61,11 +64,12 @@ class Config:
         snapshots: of how many images of each batch to keep 8-bit pictures at every pruning, for reports.
     """
 
-    strategy: Literal["dense", "sparse", "random"] = "sparse"
+    strategy: Literal["dense", "sparse", "random", "rebirth"] = "sparse"
     semantics: Semantics = "strict"
     iterations: int = 4000
     prune_at: tuple[int, ...] = (50, 100, 200, 300)
     prune_ratio: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
+    division: int = 4
     ranking: Literal["auto", "class_attention", "attention_pool", "received_attention"] = "auto"
     cross_entropy: float = 1.0
     tv1: float = 0.0
@@ -95,9 +99,19 @@ class Config:
             object.__setattr__(self, field, _convert(field, getattr(self, field), kind))
         self._check_ranges()
         self._check_schedule()
+        if self.strategy == "rebirth":
+            self._check_rebirth()
 
     def _check_ranges(self) -> None:
-        at_least = {"iterations": 1, "batch_size": 1, "seed": 0, "patience": 1, "snapshots": 0, "best_every": 1}
+        at_least = {
+            "division": 2,
+            "iterations": 1,
+            "batch_size": 1,
+            "seed": 0,
+            "patience": 1,
+            "snapshots": 0,
+            "best_every": 1,
+        }
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise SmiError(f"{name} is {getattr(self, name)}; expected at least {low}.")
@@ -130,11 +144,27 @@ class Config:
                 )
         if at and at[0] < 1:
             raise SmiError(f"prune_at starts with {at[0]}; the first possible one is iteration 1 (0 has no ranking).")
-        if at and self.strategy != "dense" and at[-1] >= self.iterations:
+        if at and self.strategy in ("sparse", "random") and at[-1] >= self.iterations:
             raise SmiError(
                 f"prune_at contains {at[-1]}, but iterations is {self.iterations}. "
                 f"Raise iterations above {at[-1]} or prune earlier."
             )
+
+    def _check_rebirth(self) -> None:
+        if self.iterations < 2 * self.division:
+            raise SmiError(
+                f"iterations is {self.iterations} and division {self.division}; every part of a trajectory needs two "
+                f"iterations, the second to rank in. Use at least {2 * self.division} iterations."
+            )
+        if self.best:
+            raise SmiError("best goes with one result for each trajectory; rebirth has several. Leave it out.")
+        if self.result_mask == "reranked":
+            raise SmiError("result_mask 'reranked' would undo what rebirth has taken out; use 'carried'.")
+
+    @property
+    def images_per_trajectory(self) -> int:
+        """Results of one optimised image: `division` under ``rebirth``, else 1."""
+        return self.division if self.strategy == "rebirth" else 1
 
     def resolved(self) -> Config:
         """The same config with every option that follows `semantics` written out."""
@@ -144,19 +174,27 @@ class Config:
             "augment_per": "image" if strict else "batch",
             "stopped": "frozen" if strict else "evolve",
             "norm": "image" if strict else "batch",
-            "result_mask": "carried" if strict else "reranked",
+            "result_mask": "carried" if strict or self.strategy == "rebirth" else "reranked",
         }
         return dataclasses.replace(self, **{k: v for k, v in follow.items() if getattr(self, k) is None})
 
     def schedule(self, num_patches: int) -> dict[int, int]:
         """Pruning iteration -> patches kept from it on: floor(K (1 - r)) each ([SMI] algorithm 1).
 
-        Ratios are read as the decimals they are written as, so that 10 patches at 0.9 leave 1, not 0.
+        Ratios are read as the decimals they are written as, so that 10 patches at 0.9 leave 1, not 0. Under rebirth
+        floor(N / v) patches leave at each of the first v - 1 multiples of floor(T / v).
         """
         kept = num_patches
         result: dict[int, int] = {}
         if self.strategy == "dense":
             return result
+        if self.strategy == "rebirth":
+            if num_patches < self.division:
+                raise SmiError(
+                    f"division is {self.division}, but the model has {num_patches} patches; use a smaller division."
+                )
+            every, each = self.iterations // self.division, num_patches // self.division
+            return {k * every: num_patches - k * each for k in range(1, self.division)}
         for t, ratio in zip(self.prune_at, self.prune_ratio, strict=True):
             before, kept = kept, keep_count(kept, ratio)
             if kept < 1:
@@ -279,3 +317,8 @@ def preset(name: str) -> Config:
     if not isinstance(name, str) or name not in PRESETS:  # YAML may hold anything
         raise SmiError(f"unknown preset {name!r}.{did_you_mean(str(name), PRESETS)}")
     return PRESETS[name]
+
+
+def preset_or_file(name: str) -> Config:
+    """The named preset, or what the YAML file of that name holds. Raises `SmiError` as `preset` and `Config.load`."""
+    return Config.load(name) if name not in PRESETS and Path(name).is_file() else preset(name)

@@ -23,6 +23,7 @@ from smi.config import Config
 from smi.errors import SmiError
 from smi.flops import count_flops
 from smi.objectives import BUILT_IN, Context, Objective, Objectives, OwnTerms
+from smi.rebirth import Part, interleaved, trajectories, without
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
 
@@ -36,7 +37,8 @@ class Inversion:
 
     Args:
         model: a supported timm model (not modified) or a `SparseModel`.
-        targets: B class indices, or (B, classes) probabilities.
+        targets: B class indices, or (B, classes) probabilities; under rebirth each `Config.division` times in a row,
+            and what follows has one row for each trajectory, but for the result.
         config: what to compute; `Config.resolved` of it is what counts.
         indices: image numbers, which key the random streams; default 0..B-1.
         objectives: further loss terms: any ``callable(context) -> tensor``, or an `Objective` to weigh and name it.
@@ -80,6 +82,10 @@ class Inversion:
         self.indices = list(range(B)) if indices is None else _check_indices(indices)
         if len(self.indices) != B:
             raise SmiError(f"there are {B} targets and {len(self.indices)} image numbers; give one for each.")
+        self._numbers, self._parts = self.indices, list[Part]()
+        if self.config.strategy == "rebirth":
+            self.indices, self.targets = trajectories(self.indices, self.targets, self.config.division)
+            B = len(self.indices)
         self.objectives = Objectives(self.config, objectives)
         model.watch(self.objectives.features)
         self.strategy = STRATEGIES[self.config.strategy](self.config, self.indices, info.num_patches)
@@ -206,28 +212,62 @@ class Inversion:
 
     @torch.no_grad()
     def result(self) -> Result:
-        """The images as they are now, with their masks, logits, losses and history."""
+        """The images as they are now, with their masks, logits, losses and history.
+
+        Raises:
+            SmiError: rebirth, before the last image but one of each trajectory is detached.
+        """
+        if self.strategy.detaches and len(self._parts) < len(self.schedule):
+            raise SmiError(
+                f"after {self.iteration} iterations {len(self._parts)} of {self.config.division} images of each "
+                f"trajectory are detached; go on to iteration {max(self.schedule)} at least."
+            )
         images = self.images if self._best is None else self._best[0]
-        keep, dropped_at = self.keep, self._dropped_at
+        keep = self.keep
         if self.config.result_mask == "reranked" and self.schedule:
             keep = self._rerank(images)
-        logits, _ = self.model.feed(images, keep if self.schedule else None)
-        context = Context(self.iteration, images, logits, self.targets, keep, None)
-        snapshots = [*self._snapshots, (self.iteration, self._picture(images))]
-        phases = [*self._phases, *self._phase()]
+        parts = [Part(self.iteration, images, keep)]
+        if self.strategy.detaches:
+            parts = [*self._parts, Part(self.iteration, images, self._last_part())]
+        fed = [self.model.feed(part.images, part.keep if self.schedule else None)[0] for part in parts]
+        losses = [
+            {
+                name: term(Context(part.taken_at, part.images, logits, self.targets, part.keep, None))
+                for name, term in BUILT_IN.items()
+            }
+            for part, logits in zip(parts, fed, strict=True)
+        ]
+        images = interleaved([part.images for part in parts])
+        pictures = [picture.repeat_interleave(len(parts), 0) for _, picture in self._snapshots]
+        snapshots = [*(one[: self.config.snapshots] for one in pictures), self._picture(images)]
+        targets = self.targets if self.targets.ndim == 1 else self.targets.argmax(1)
         return Result(
             images=images.float().cpu().clone(),
-            keep=keep.cpu(),
-            dropped_at=dropped_at.clamp_max(self.iteration).cpu(),
-            targets=(self.targets if self.targets.ndim == 1 else self.targets.argmax(1)).cpu(),
-            indices=torch.tensor(self.indices),
-            logits=logits.float().cpu(),
-            losses={name: term(context).float().cpu() for name, term in BUILT_IN.items()},
+            keep=interleaved([part.keep for part in parts]).cpu(),
+            dropped_at=interleaved([self._stopped_at(part) for part in parts]).cpu(),
+            targets=targets.repeat_interleave(len(parts)).cpu(),
+            indices=torch.tensor(self._numbers),
+            logits=interleaved(fed).float().cpu(),
+            losses={name: interleaved([one[name] for one in losses]).float().cpu() for name in BUILT_IN},
             history={name: values[: self.iteration].float().cpu() for name, values in self._curves().items()},
-            snapshots=torch.stack([picture for _, picture in snapshots]).cpu(),
-            snapshot_at=[t for t, _ in snapshots],
-            phases=phases,
+            snapshots=torch.stack(snapshots).cpu(),
+            snapshot_at=[*(t for t, _ in self._snapshots), self.iteration],
+            phases=[*self._phases, *self._phase()],
         )
+
+    def _stopped_at(self, part: Part) -> Tensor:
+        """(b, N) int32: `Result.dropped_at` of one part."""
+        stopped = self._dropped_at.clamp_max(part.taken_at)
+        return stopped.scatter(1, part.keep, self.iteration) if self.strategy.detaches else stopped
+
+    def _last_part(self) -> Tensor:
+        """The patches of a trajectory's last image: all that are left, or the highest ranked if they are more."""
+        count = self.model.info.num_patches // self.config.division
+        if self.keep.shape[1] == count:
+            return self.keep
+        _, scores = self.model.feed(self.images, self.keep, scores=True)
+        assert scores is not None
+        return smi_kernels.select_tokens(scores, self.keep, count)
 
     def _curves(self) -> dict[str, Tensor]:
         """Name -> (T,), the mean over the batch of each objective at every iteration done."""
@@ -291,8 +331,10 @@ class Inversion:
         self._snapshots.append((t, self._picture(self.images)))
         self._phases += self._phase()
         self._phase_start = (t, self._seconds)
-        before = self._alive()
+        before, fed = self._alive(), self.keep
         self.keep = self.strategy.select(t, self.keep, self._scores)
+        if self.strategy.detaches:
+            self._parts.append(Part(t, self.images.detach().clone(), without(fed, self.keep)))
         live = self._alive()
         self._dropped_at = torch.where(before & ~live, t, self._dropped_at)
         if self._own is not None:

@@ -3,6 +3,7 @@
     POOL/manifest.json                model, resolved config, work plan, versions
     POOL/shards/00000.safetensors     one finished batch, every tensor of its `Result`
     POOL/png/000000_airplane.png      one picture for each image, for people
+    POOL/workers/                     while runs are at work on it: who they are, see `smi.workers`
 
 The rename of a finished shard is the commit point: a batch without a shard has not been made, and resuming makes it.
 """
@@ -60,6 +61,7 @@ class PoolWriter:
         info, config, plan: what the pool is; a pool that is there already must have been made with the same.
         device: where it is made, for the record only.
         overwrite: start over. Only files named as a pool names them are removed, and only from a pool.
+        alone: whether no other run writes to it; then what interrupted ones left behind is removed.
 
     Raises:
         SmiError: the folder is another pool, holds something else, cannot be written, or the disk is full; the plan or
@@ -75,6 +77,7 @@ class PoolWriter:
         *,
         device: str,
         overwrite: bool = False,
+        alone: bool = True,
     ) -> None:
         self.path, self.info, self.config, self.plan = Path(path), info, config.resolved(), plan
         try:
@@ -83,7 +86,7 @@ class PoolWriter:
             raise SmiError(f"no pool can be made: {error}.") from None
         with writing(self.path):
             os.makedirs(self.path, exist_ok=True)
-            files = [file for file in os.listdir(self.path) if not _TEMP.fullmatch(file)]
+            files = [file for file in os.listdir(self.path) if not _TEMP.fullmatch(file) and file != "workers"]
         exists = "manifest.json" in files
         if files and not exists:
             raise SmiError(
@@ -94,7 +97,8 @@ class PoolWriter:
         elif exists:
             self._check_same(Pool(self.path))
         with writing(self.path):
-            self._clean(overwrite)
+            if alone:
+                self._clean(overwrite)
             if overwrite or not exists:
                 atomic_write(self.path / "manifest.json", json.dumps(self._manifest(device), indent=1).encode())
             for folder in ("shards", "png"):
@@ -102,9 +106,14 @@ class PoolWriter:
             sync_folder(self.path)
 
     @property
+    def present(self) -> list[int]:
+        """Numbers of the batches that are made, in order, as of now."""
+        return _present(self.path, self.plan)
+
+    @property
     def missing(self) -> list[int]:
         """Numbers of the batches still to be made, in order."""
-        present = set(_present(self.path, self.plan))
+        present = set(self.present)
         return [batch for batch in range(self.plan.num_batches) if batch not in present]
 
     def write(self, batch: int, result: Result) -> None:

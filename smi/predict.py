@@ -80,7 +80,7 @@ def predict(
     Raises:
         SmiError: the schedule leaves no patch.
     """
-    batch = len(plan.batch(0))
+    batch = len(plan.batch(0)) // config.images_per_trajectory
     schedule = config.schedule(model.info.num_patches)
     starts = [0, *schedule]
     kept = [model.info.num_patches, *schedule.values()]
@@ -90,7 +90,7 @@ def predict(
         PhasePrediction(*phase)
         for phase in zip(starts, [*starts[1:], config.iterations], kept, flops, seconds, strict=True)
     )
-    batches_worth = len(plan.targets) / batch
+    batches_worth = len(plan.targets) / len(plan.batch(0))
     return Prediction(
         phases=phases,
         images=len(plan.targets),
@@ -139,7 +139,8 @@ def _disk_bytes(
     """Sizes of the tensors of a shard, see `smi.pool`, and of the pictures uncompressed."""
     info, images = model.info, len(plan.targets)
     pixels = prod(info.input_size)
-    per_image = 5 * pixels + 8 * kept[-1] + 4 * info.num_patches + 16 + 4 * info.num_classes + 4 * len(BUILT_IN)
+    keep = info.num_patches // config.division if config.strategy == "rebirth" else kept[-1]
+    per_image = 5 * pixels + 8 * keep + 4 * info.num_patches + 16 + 4 * info.num_classes + 4 * len(BUILT_IN)
     snapshots = sum(min(config.snapshots, len(plan.batch(b))) for b in range(plan.num_batches)) * len(kept)
     history = config.iterations * (len(Objectives(config, objectives).terms) + 1)
     return images * per_image + snapshots * pixels + plan.num_batches * 4 * history
@@ -154,10 +155,13 @@ def _time_phases(
     slow; time is proportional to images there.
     """
     on_gpu = model.device.type == "cuda"
-    full = len(plan.batch(0))
+    repeat = config.images_per_trajectory
+    full = len(plan.batch(0)) // repeat
 
     def start(batch: int, phase_length: int, phases: int) -> Inversion:
+        rebirth = config.strategy == "rebirth"
         short = config.replace(
+            strategy="dense" if rebirth and phases == 1 else config.strategy,
             iterations=phase_length * phases,
             prune_at=tuple(phase_length * i for i in range(1, phases)),
             prune_ratio=config.prune_ratio[: phases - 1],
@@ -165,7 +169,8 @@ def _time_phases(
             best=False,
             snapshots=0,
         )
-        return Inversion(model, plan.targets[:batch], short, objectives=objectives)
+        targets = [target for target in plan.targets[::repeat][:batch] for _ in range(short.images_per_trajectory)]
+        return Inversion(model, targets, short, objectives=objectives)
 
     def step(loop: Inversion) -> float:
         began = time.perf_counter()

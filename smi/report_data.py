@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smi.dataset import Fill, fill_dropped, patch_mask
 from smi.errors import SmiError
 from smi.pool import to_pixels
+from smi.rebirth import taken_at
 
 if TYPE_CHECKING:
     from smi.config import Config
@@ -213,21 +214,22 @@ class Tally:
         return agrees
 
     def _add_cost(self, result: Result) -> None:
-        images, prefix, patches = len(result.targets), self.info.num_prefix_tokens, self.info.num_patches
+        prefix, patches = self.info.num_prefix_tokens, self.info.num_patches
+        images, repeat = len(result.targets), self.config.images_per_trajectory
         iterations = sum(p.stop - p.start for p in result.phases)
         for phase in result.phases:
             tally = self.phases.setdefault((phase.start, phase.kept), PhaseTally(phase.start, phase.kept))
             tally.iterations += phase.stop - phase.start
             tally.seconds += phase.seconds
             tally.flops += phase.flops
-            tally.tokens += (phase.stop - phase.start) * images * (phase.kept + prefix)
+            tally.tokens += (phase.stop - phase.start) * (images // repeat) * (phase.kept + prefix)
             tally.stops.add(phase.stop)
         self.tokens_dense += iterations * images * (patches + prefix)
         first = result.phases[0] if result.phases else None
         if first is None or first.kept != patches or first.flops == 0 or self.flops_dense is None:
             self.flops_dense = None
         else:
-            self.flops_dense += first.flops * iterations // (first.stop - first.start)
+            self.flops_dense += repeat * first.flops * iterations // (first.stop - first.start)
 
     def _add_drops(self, result: Result) -> None:
         dropped = drop_iterations(result)
@@ -245,11 +247,14 @@ class Tally:
         kept = patch_mask(result.keep, self.info.num_patches).view(-1, *self.info.grid).numpy()
         for i in range(min(available, self.max_images - len(self.pictures))):
             frames = []
+            own = taken_at(self.config, int(result.indices[i]))
             for stage, at in enumerate(result.snapshot_at if shot else []):
                 last = stage == len(result.snapshot_at) - 1
+                if at >= own and not last:  # of the trajectory that this image has left
+                    continue
                 # The result is shown with the mask that is stored with it, which re-ranking may have changed.
                 live = kept[i] if last else ~(dropped[i] <= at)
-                frames.append(Frame(at, _rgb(result.snapshots[stage, i]), live))
+                frames.append(Frame(min(at, own), _rgb(result.snapshots[stage, i]), live))
             if not frames:
                 frames.append(Frame(iterations_done(result), _rgb(to_pixels(result.images[i], self.info)), kept[i]))
             target = int(result.targets[i])

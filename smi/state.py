@@ -74,7 +74,8 @@ class Result:
     Attributes:
         images: (B, C, H, W) float32 in the model's normalised space; stopped patches hold whatever they held.
         keep: (B, K) int64, surviving patches of each image in grid order, 0-based, prefix tokens not counted.
-        dropped_at: (B, N) int32, iteration at which each patch was stopped; if it never was, the iterations done.
+        dropped_at: (B, N) int32, iteration at which each patch was stopped; if it never was, the iterations done. For
+            an image of a rebirth trajectory: at which it left for an earlier image, or this one left without it.
         targets: (B,) int64 class indices.
         indices: (B,) int64 image numbers within the work plan.
         logits: (B, classes) float32, the teacher's on the kept patches, un-augmented.
@@ -114,8 +115,14 @@ class WorkPlan:
         return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.targets)))
 
     @classmethod
-    def balanced(cls, classes: Sequence[int], num_images: int, batch_size: int, num_classes: int) -> WorkPlan:
+    def balanced(
+        cls, classes: Sequence[int], num_images: int, batch_size: int, num_classes: int, *, repeat: int = 1
+    ) -> WorkPlan:
         """`num_images` images whose targets go round and round through `classes`.
+
+        Args:
+            repeat: images in a row of one target, see `Config.images_per_trajectory`; a batch has so many times
+                `batch_size` images.
 
         Raises:
             SmiError: no class, a class outside ``range(num_classes)``, no image.
@@ -127,4 +134,9 @@ class WorkPlan:
                 raise SmiError(f"class {target} does not exist; the model has classes 0 to {num_classes - 1}.")
         if num_images < 1:
             raise SmiError(f"{num_images} images were asked for; expected at least 1.")
-        return cls(tuple(classes[i % len(classes)] for i in range(num_images)), batch_size)
+        if num_images % repeat:
+            raise SmiError(
+                f"{num_images} images were asked for, and every trajectory makes {repeat}; ask for "
+                f"{-(-num_images // repeat) * repeat}."
+            )
+        return cls(tuple(classes[i // repeat % len(classes)] for i in range(num_images)), batch_size * repeat)

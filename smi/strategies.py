@@ -11,6 +11,7 @@ from torch import Tensor
 import smi_kernels
 from smi.augment import RANKING, stream
 from smi.config import Config
+from smi.rebirth import without
 
 
 class Strategy:
@@ -20,9 +21,11 @@ class Strategy:
         schedule: pruning iteration -> patches kept from it on.
         still: iterations that must not be augmented: each pruning and the one whose forward ranks the patches for it.
         ranks_from_model: whether `select` wants the model's scores.
+        detaches: whether the patches that do not go on are images of their own.
     """
 
     ranks_from_model = True
+    detaches = False
 
     def __init__(self, config: Config, indices: Sequence[int], num_patches: int) -> None:
         self.config = config
@@ -74,4 +77,18 @@ class Random(Strategy):
         return smi_kernels.select_tokens(drawn, keep, self.schedule[iteration])
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"dense": Dense, "sparse": Sparse, "random": Random}
+class Rebirth(Strategy):
+    """The highest-ranked patches are detached as a finished image, the rest go on: see `smi.rebirth`."""
+
+    detaches = True
+
+    def select(self, iteration: int, keep: Tensor, scores: Tensor | None) -> Tensor:
+        if scores is None:
+            raise ValueError(
+                f"iteration {iteration} detaches by the model's ranking, but the one before gave no scores."
+            )
+        best = smi_kernels.select_tokens(scores, keep, self.num_patches // self.config.division)
+        return without(keep, best)
+
+
+STRATEGIES: dict[str, type[Strategy]] = {"dense": Dense, "sparse": Sparse, "random": Random, "rebirth": Rebirth}

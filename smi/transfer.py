@@ -1,9 +1,10 @@
-"""Data-free knowledge transfer: a student learns from a pool of synthetic images what the teacher says of them.
+"""Data-free knowledge transfer: a student learns from synthetic images what the teacher says of them.
 
-Hu et al., ICML 2024, section 4.2, in its offline form: the images are there, and the student sees them many times. It
-is taught the teacher's logits, stored beside the images, by the divergence of softened distributions (Hinton et al.,
-"Distilling the Knowledge in a Neural Network", 2015). A Vision Transformer is fed the kept patches alone, as the
-teacher was; any other network sees the image with something in place of the dropped ones.
+Hu et al., ICML 2024, section 4.2: a fresh batch is inverted for every round of learning (`Synthesis`). Or offline: the
+images are there, in a pool, and the student sees them many times. It is taught the teacher's logits by the divergence
+of softened distributions (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015). A Vision Transformer is
+fed the kept patches alone, as the teacher was; any other network sees the image with something in place of the dropped
+ones.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.adapters.timm import TokenFeed, resolve_device
-from smi.dataset import Fill, SyntheticDataset, open_filled
+from smi.dataset import Fill
 from smi.errors import SmiError, did_you_mean
+from smi.lessons import Lessons, Live, Stored, Synthesis
 from smi.pool import Pool, atomic_write, writing
+from smi.state import ModelInfo
 
 Mode = Literal["probe", "finetune"]
 Tokens = Literal["auto", "kept", "all"]
+Optimizer = Literal["adamw", "sgd"]
 _BEST, _LAST, _RECORD = "student.safetensors", "last.safetensors", "transfer.json"
 
 
@@ -42,11 +46,15 @@ class TransferConfig:
         tokens: ``kept`` feeds a Vision Transformer the kept patches, ``all`` the filled image; ``auto`` takes kept
             wherever the student is a Vision Transformer on the pool's patch grid.
         fill: what stands in dropped patches where they are seen.
-        epochs, batch_size: passes over the images, and images a step.
-        learning_rate: of AdamW, falling to 0 along a cosine; None is 1e-2 for ``probe`` and 5e-4 for ``finetune``.
-        weight_decay: of AdamW.
+        epochs: looks at the images held out; with a `Synthesis`, batches made to learn from.
+        passes: over the images of an epoch, before the next look.
+        batch_size: images a step.
+        optimizer: ``adamw``, or ``sgd`` with momentum 0.9 (the paper's).
+        learning_rate: at the start, falling to 0 along a cosine; None is 1e-2 for ``probe`` and 5e-4 for ``finetune``,
+            and 0.1 for SGD (the paper's).
+        weight_decay: of the optimizer; 1e-4 in the paper.
         temperature: T of the softened distributions.
-        holdout: share of the images that are never trained on; the best student is chosen by them.
+        holdout: share of a pool's images that are never trained on; the best student is chosen by them.
         seed: of the split, the order of images, and dropout.
     """
 
@@ -54,7 +62,9 @@ class TransferConfig:
     tokens: Tokens = "auto"
     fill: Fill = "mean"
     epochs: int = 50
+    passes: int = 1
     batch_size: int = 64
+    optimizer: Optimizer = "adamw"
     learning_rate: float | None = None
     weight_decay: float = 0.0
     temperature: float = 20.0
@@ -62,13 +72,13 @@ class TransferConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("tokens", Tokens), ("fill", Fill)):
+        for name, kind in (("mode", Mode), ("tokens", Tokens), ("fill", Fill), ("optimizer", Optimizer)):
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
                 raise SmiError(
                     f"{name} is {value!r}; expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
                 )
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "passes", "batch_size"):
             if getattr(self, name) < 1:
                 raise SmiError(f"{name} is {getattr(self, name)}; expected at least 1.")
         for name in ("learning_rate", "temperature"):
@@ -81,7 +91,7 @@ class TransferConfig:
     @property
     def rate(self) -> float:
         """The learning rate at the start."""
-        return self.learning_rate or {"probe": 1e-2, "finetune": 5e-4}[self.mode]
+        return self.learning_rate or (0.1 if self.optimizer == "sgd" else {"probe": 1e-2, "finetune": 5e-4}[self.mode])
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Transfer:
 
 def teach(
     student: nn.Module,
-    pool: Pool | str | Path,
+    images: Pool | str | Path | Synthesis,
     out: str | Path,
     config: TransferConfig | None = None,
     *,
@@ -121,12 +131,13 @@ def teach(
     device: str | torch.device = "auto",
     progress: Callable[[int, Epoch], None] | None = None,
 ) -> Transfer:
-    """Teach `student` what the teacher says of the images of `pool`; goes on where an earlier call was interrupted.
+    """Teach `student` what the teacher says of the images; goes on where an earlier call was interrupted.
 
     Args:
         student: a timm model, or any that maps (B, C, H, W) to (B, classes) and, for ``probe``, has
             ``get_classifier``. It is trained in place.
-        pool: of any strategy; the teacher itself is not needed.
+        images: a pool of any strategy, for which the teacher itself is not needed; or a `smi.Synthesis`, which makes a
+            fresh batch for every epoch.
         out: folder for the results.
         name: of the student, for the record.
         progress: called with the number of each finished epoch and what it brought.
@@ -136,19 +147,21 @@ def teach(
             a folder that holds another run.
     """
     config, device = config or TransferConfig(), resolve_device(device)
-    pool = open_filled(pool, config.fill)
-    lessons = _Lessons(pool, config)
-    feed = _feed(student, pool, config)
     out = Path(out)
-    identity = _identity(pool, config, name or type(student).__name__, student, feed.fed)
+    source: Stored | Live
+    if isinstance(images, Synthesis):
+        source = Live(images, out / "pool", config.fill, config.epochs)
+    else:
+        source = Stored(images, config.fill, config.holdout, config.seed)
+    feed = _feed(student, source.info, config)
+    identity = _identity(source, config, name or type(student).__name__, student, feed.fed)
     student.to(device)
-    trained = _trained(student, config)
-    optimizer = torch.optim.AdamW(trained, config.rate, weight_decay=config.weight_decay)
+    optimizer = _optimizer(_trained(student, config), config)
     curve = _resume(out, identity, student, optimizer)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for number in range(len(curve), config.epochs):
-        epoch = _epoch(number, student, optimizer, lessons, feed, config, device)
+        epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
         curve.append(epoch)
         with writing(out):
             if _best(curve) == number:
@@ -161,25 +174,6 @@ def teach(
     return Transfer(out, curve, _best(curve), feed.fed)
 
 
-class _Lessons:
-    """All images of a pool with the teacher's logits, split once and for all into those trained on and those not."""
-
-    def __init__(self, pool: Pool, config: TransferConfig) -> None:
-        dataset = SyntheticDataset(pool, fill=config.fill)
-        items = [dataset[i] for i in range(len(dataset))]
-        self.images = torch.stack([image for image, *_ in items])
-        self.keep = torch.stack([mask.nonzero().flatten() for _, mask, *_ in items])
-        self.logits = torch.stack([logits for *_, logits in items])
-        held = round(config.holdout * len(items))
-        if held < 1 or held >= len(items):
-            raise SmiError(
-                f"the pool has {len(items)} images, of which a share of {config.holdout:g} held out leaves {held} to "
-                f"choose a student by and {len(items) - held} to train on; make more images or change holdout."
-            )
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed))
-        self.held, self.taught = order[:held].sort().values, order[held:].sort().values
-
-
 class _Feed:
     """Gives a student its images as it wants them.
 
@@ -187,8 +181,8 @@ class _Feed:
         fed: ``kept`` or ``all``.
     """
 
-    def __init__(self, student: nn.Module, pool: Pool, slot: TokenFeed | None) -> None:
-        info, card = pool.info, resolve_model_data_config(student)
+    def __init__(self, student: nn.Module, info: ModelInfo, slot: TokenFeed | None) -> None:
+        card = resolve_model_data_config(student)
         theirs = [torch.tensor(pair).view(-1, 1, 1) for pair in (info.mean, info.std)]
         channels = len(info.mean)
         ours = [torch.tensor(card[key][:channels]).view(-1, 1, 1) for key in ("mean", "std")]
@@ -197,7 +191,7 @@ class _Feed:
         self._student, self._slot = student, slot
         self.fed = "all" if slot is None else "kept"
 
-    def __call__(self, lessons: _Lessons, chosen: Tensor, device: torch.device) -> Tensor:
+    def __call__(self, lessons: Lessons, chosen: Tensor, device: torch.device) -> Tensor:
         """(B, classes) logits of the student."""
         images = lessons.images[chosen] * self._factor + self._shift
         if self._slot is not None:
@@ -210,29 +204,29 @@ class _Feed:
             self._slot.remove()
 
 
-def _feed(student: nn.Module, pool: Pool, config: TransferConfig) -> _Feed:
-    reasons = TokenFeed.reasons_against(student, pool.info)
+def _feed(student: nn.Module, info: ModelInfo, config: TransferConfig) -> _Feed:
+    reasons = TokenFeed.reasons_against(student, info)
     if config.tokens == "kept" and reasons:
         raise SmiError(f"the student cannot be fed kept patches alone: {'; '.join(reasons)}. Use tokens='all'.")
     slot = TokenFeed(student) if config.tokens != "all" and not reasons else None
-    classes = getattr(student, "num_classes", pool.info.num_classes)
-    if classes != pool.info.num_classes:
+    classes = getattr(student, "num_classes", info.num_classes)
+    if classes != info.num_classes:
         raise SmiError(
-            f"the student has {classes} classes, the pool's teacher {pool.info.num_classes}; create the student with "
-            f"num_classes={pool.info.num_classes} (--num-classes)."
+            f"the student has {classes} classes, the images' teacher {info.num_classes}; create the student with "
+            f"num_classes={info.num_classes} (--num-classes)."
         )
-    feed = _Feed(student, pool, slot)
+    feed = _Feed(student, info, slot)
     student.eval()
     if slot is not None:
         slot.cells = torch.zeros(1, 1, dtype=torch.int64)
     try:
         with torch.no_grad():
-            student(torch.zeros(1, *pool.info.input_size, device=next(student.parameters()).device))
+            student(torch.zeros(1, *info.input_size, device=next(student.parameters()).device))
     except (RuntimeError, AssertionError) as error:
-        size = " x ".join(map(str, pool.info.input_size[1:]))
+        size = " x ".join(map(str, info.input_size[1:]))
         raise SmiError(
-            f"the student does not take the pool's images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
-            f"Create it with img_size={pool.info.input_size[1]} (--img-size)."
+            f"the student does not take images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
+            f"Create it with img_size={info.input_size[1]} (--img-size)."
         ) from error
     return feed
 
@@ -250,25 +244,31 @@ def _trained(student: nn.Module, config: TransferConfig) -> list[nn.Parameter]:
     return parameters
 
 
+def _optimizer(trained: list[nn.Parameter], config: TransferConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(trained, config.rate, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(trained, config.rate, weight_decay=config.weight_decay)
+
+
 def _epoch(
     number: int,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
-    lessons: _Lessons,
+    lessons: Lessons,
     feed: _Feed,
     config: TransferConfig,
     device: torch.device,
 ) -> Epoch:
-    """One pass over the images trained on, in an order of its own, then a look at those held out."""
+    """The images trained on, each pass in an order of its own, then a look at those held out."""
     draw = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-    order = lessons.taught[torch.randperm(len(lessons.taught), generator=draw)]
-    steps = math.ceil(len(order) / config.batch_size)
+    orders = [lessons.taught[torch.randperm(len(lessons.taught), generator=draw)] for _ in range(config.passes)]
+    steps = [chosen for order in orders for chosen in order.split(config.batch_size)]
     student.train(config.mode == "finetune")  # a probe's backbone keeps the statistics it came with
     total = 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed * 1_000_003 + number)  # of dropout
-        for step, chosen in enumerate(order.split(config.batch_size)):
-            done = (number + step / steps) / config.epochs
+        for step, chosen in enumerate(steps):
+            done = (number + step / len(steps)) / config.epochs
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * 0.5 * (1 + math.cos(math.pi * done))
             loss = divergence(feed(lessons, chosen, device), lessons.logits[chosen].to(device), config.temperature)
@@ -286,7 +286,7 @@ def _epoch(
             same += int((logits.argmax(1) == wanted.argmax(1)).sum())
     if not math.isfinite(total + held):
         raise SmiError(f"the loss of epoch {number} is not finite; use a lower learning_rate than {config.rate:g}.")
-    return Epoch(total / len(order), held / len(lessons.held), same / len(lessons.held))
+    return Epoch(total / sum(map(len, orders)), held / len(lessons.held), same / len(lessons.held))
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -305,7 +305,7 @@ def _plain(student: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
 
 
-def _identity(pool: Pool, config: TransferConfig, name: str, student: nn.Module, fed: str) -> dict[str, Any]:
+def _identity(source: Stored | Live, config: TransferConfig, name: str, student: nn.Module, fed: str) -> dict[str, Any]:
     """What has to be the same for a run to go on; the student's first weights among it."""
     digest = hashlib.sha256()
     for key, value in sorted(_plain(student).items()):
@@ -313,10 +313,9 @@ def _identity(pool: Pool, config: TransferConfig, name: str, student: nn.Module,
     return {
         "student": name,
         "weights_sha256": digest.hexdigest(),
-        "teacher": pool.info.name,
-        "teacher_sha256": pool.info.weights_sha256,
-        "pool": hashlib.sha256(json.dumps(pool.manifest, sort_keys=True).encode()).hexdigest(),
-        "images": len(pool),
+        "teacher": source.info.name,
+        "teacher_sha256": source.info.weights_sha256,
+        **source.identity(),
         "fed": fed,
         "config": asdict(config),
     }

@@ -34,6 +34,7 @@ class OracleResult:
             weighted scalar that was differentiated.
         margins: for every pruning the smallest gap between a score that stayed and one that went, relative to the mean
             score: a gap near rounding error would make a comparison of keep sets meaningless.
+        detached: rebirth alone, for every part in order: the images (B, C, H, W) of then and its patches (B, N/v).
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class OracleResult:
     result_keep: Tensor
     history: dict[str, list[float]] = field(default_factory=dict)
     margins: list[float] = field(default_factory=list)
+    detached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 # ---- where pixels and cells go
@@ -265,11 +267,16 @@ def kept_pixels(keep: Tensor, shape: torch.Size, patch: int) -> Tensor:
     return mask.reshape(batch, 1, height, width)
 
 
+def detachments(config: Config) -> list[int]:
+    """t_k = k floor(T / v) for k = 1 .. v - 1; the last part is what the end of the run leaves."""
+    return [k * (config.iterations // config.division) for k in range(1, config.division)]
+
+
 def forbid_augmentation(offsets: Tensor, config: Config) -> Tensor:
     """The draws (T, 1 or B, 3), without augmentation at each pruning iteration and the one before it."""
     offsets = offsets.clone()
     if config.strategy != "dense":
-        for t in config.prune_at:
+        for t in detachments(config) if config.strategy == "rebirth" else config.prune_at:
             offsets[[t - 1, t]] = 0
     return offsets
 
@@ -302,7 +309,7 @@ def invert(
         mean, std: of the model's normalisation, per channel.
     """
     config = config.resolved()
-    assert config.strategy in ("dense", "sparse") and config.precision == "fp32"
+    assert config.strategy in ("dense", "sparse", "rebirth") and config.precision == "fp32"
     assert not config.best and config.tolerance == 0
     batch, _, height, width = images.shape
     patch = model.patch_embed.patch_size[0]
@@ -310,7 +317,8 @@ def invert(
     offsets = forbid_augmentation(offsets, config).expand(-1, batch, -1)
     lowest = torch.tensor([-a / s for a, s in zip(mean, std, strict=True)], dtype=images.dtype).view(1, -1, 1, 1)
     largest = torch.tensor([(1 - a) / s for a, s in zip(mean, std, strict=True)], dtype=images.dtype).view(1, -1, 1, 1)
-    ratio_at = {} if config.strategy == "dense" else dict(zip(config.prune_at, config.prune_ratio, strict=True))
+    ratio_at = dict(zip(config.prune_at, config.prune_ratio, strict=True)) if config.strategy == "sparse" else {}
+    detach_at = detachments(config) if config.strategy == "rebirth" else []
 
     x = images.clone()
     m, v = torch.zeros_like(x), torch.zeros_like(x)
@@ -325,6 +333,12 @@ def invert(
             keep = torch.stack([before[b, chosen[b]] for b in range(batch)])
             result.keeps.append(keep)
             result.margins.append(min(margin(scores[b].tolist(), chosen[b]) for b in range(batch)))
+        if t in detach_at:
+            before = keep if keep is not None else torch.arange(number).expand(batch, number)
+            chosen = [highest(row, number // config.division) for row in scores.tolist()]
+            result.detached.append((x.clone(), torch.stack([before[b, chosen[b]] for b in range(batch)])))
+            rest = [sorted(set(before[b].tolist()) - set(result.detached[-1][1][b].tolist())) for b in range(batch)]
+            keep = torch.tensor(rest)
 
         leaf = x.clone().requires_grad_(True)
         logits, scores = look(model, leaf, keep, offsets[t])
@@ -341,6 +355,11 @@ def invert(
         x, m, v = new_x, new_m, new_v
 
     result.images = x
+    if detach_at:
+        _, scores = look(model, x, keep, torch.zeros(batch, 3, dtype=torch.int64))
+        chosen = [highest(row, number // config.division) for row in scores.tolist()]
+        assert keep is not None
+        result.detached.append((x, torch.stack([keep[b, chosen[b]] for b in range(batch)])))
     everything = torch.arange(number).expand(batch, number)
     if config.result_mask == "reranked" and ratio_at:
         _, scores = look(model, x, None, torch.zeros(batch, 3, dtype=torch.int64))

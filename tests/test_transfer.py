@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,92 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> N
     assert again.curve == whole.curve
 
 
+# --- images made meanwhile ---
+
+MEANWHILE = smi.Config(iterations=6, prune_at=(2,), prune_ratio=(0.5,), batch_size=10, seed=4, snapshots=0)
+
+
+def synthesis(**changes: Any) -> smi.Synthesis:
+    torch.manual_seed(0)
+    return smi.Synthesis(smi.SparseModel(tiny(num_classes=CLASSES), name="teacher"), MEANWHILE.replace(**changes))
+
+
+def test_every_epoch_is_of_a_fresh_batch_and_the_first_batch_only_chooses(tmp_path: Path) -> None:
+    """By hand: batch 0 is held out, epoch n steps down the divergence on batch n + 1, in SGD with momentum."""
+    config = TransferConfig(epochs=3, passes=2, batch_size=10, mode="finetune", optimizer="sgd", weight_decay=1e-4)
+    taught = student()
+    found = teach(taught, synthesis(), tmp_path, config)
+    pool = Pool(tmp_path / "pool")
+    assert pool.complete and len(pool) == 40
+    for batch in pool.batches:  # ten images: every one of five classes twice
+        assert sorted(pool.load(batch).targets.tolist()) == sorted(2 * list(range(CLASSES)))
+
+    mine = student()
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    held, curve = pool.load(0), []
+
+    def loss(result: smi.Result) -> Tensor:
+        x = mine._pos_embed(mine.patch_embed(result.images))  # type: ignore[operator]
+        chosen = torch.cat([torch.zeros(len(x), 1, dtype=torch.int64), 1 + result.keep], 1)
+        x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
+        logits = mine.forward_head(mine.norm(mine.blocks(x)))  # type: ignore[operator]
+        return divergence(logits, result.logits, 20.0)
+
+    for epoch in range(3):
+        for step in range(2):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1 + math.cos(math.pi * (epoch + step / 2) / 3))
+            optimizer.zero_grad()
+            loss(pool.load(epoch + 1)).backward()
+            optimizer.step()
+        curve.append(loss(held).item())
+    assert [epoch.holdout_loss for epoch in found.curve] == pytest.approx(curve, rel=1e-3)
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(taught.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_synthesis_interrupted_within_a_batch_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = TransferConfig(epochs=2, batch_size=4)
+    whole = teach(student(), synthesis(), tmp_path / "whole", config)
+
+    def stop(batch: int, loop: smi.Inversion) -> None:
+        if (batch, loop.iteration) == (2, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(student(), replace(synthesis(), on_iteration=stop), tmp_path / "parts", config)
+    made: set[int] = set()
+    parts = teach(
+        student(),
+        replace(synthesis(), on_iteration=lambda batch, _: made.add(batch)),
+        tmp_path / "parts",
+        config,
+    )
+    assert made == {2} and parts.curve == whole.curve
+    assert same(load_file(tmp_path / "whole/last.safetensors"), load_file(tmp_path / "parts/last.safetensors"))
+    with pytest.raises(smi.SmiError, match="holds another run: its pool"):
+        teach(student(), synthesis(tv2=0.5), tmp_path / "parts", config)
+
+
+def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
+    MEANWHILE.save(tmp_path / "inversion.yaml")
+    args = [
+        "transfer", "resnet10t", "--no-pretrained", "--num-classes", "10", "--teacher", "embedded:teacher", "--out",
+        str(tmp_path / "out"), "--epochs", "1", "--inversion", str(tmp_path / "inversion.yaml"), "--device", "cpu",
+    ]  # fmt: skip
+    found = CliRunner().invoke(app, [*args, "--json"])
+    assert found.exit_code == 0, found.output
+    assert len(json.loads(found.output)["curve"]) == 1 and len(Pool(tmp_path / "out" / "pool")) == 20
+    for wrong, complaint in (
+        (["--pool", "p", "--teacher", "embedded:teacher"], "either --pool"),
+        ([], "either --pool"),
+        (["--pool", "p", "--inversion", "demo"], "--inversion goes with --teacher"),
+        (["--teacher", "embedded:teacher", "--inversion", "dmo"], "unknown preset 'dmo'"),
+    ):
+        shown = CliRunner().invoke(app, ["transfer", "resnet10t", "--no-pretrained", "--out", "o", *wrong])
+        assert shown.exit_code == 2 and complaint in shown.output.replace("\n", " "), shown.output
+
+
 # --- bad input ---
 
 
@@ -177,9 +264,9 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(smi.SmiError, match=complaint):
             TransferConfig(**change)  # type: ignore[arg-type]
-    with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the pool's teacher 5; .*--num-classes"):
+    with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the images' teacher 5; .*--num-classes"):
         teach(tiny(num_classes=4), pool, tmp_path)
-    with pytest.raises(smi.SmiError, match=r"does not take the pool's images of 16 x 16 pixels: .*--img-size"):
+    with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels: .*--img-size"):
         teach(tiny(num_classes=CLASSES, img_size=32), pool, tmp_path)
     with pytest.raises(
         smi.SmiError, match=r"kept patches alone: its patches lie on a grid of 2 x 2, the pool's on 4 x 4"

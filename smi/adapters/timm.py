@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -118,18 +119,25 @@ class TokenFeed:
 
 
 class _AttentionTap(TorchFunctionMode):
-    """Sees query and key of every fused attention call, whatever projections, norms and rotations made them."""
+    """Sees query and key of every fused attention call, whatever projections, norms and rotations made them.
+
+    Attributes:
+        everything: of all blocks, differentiable, not of the last one alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, float]] = []
+        self.everything = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query, key = args[0], args[1]
             scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-            self.calls.append((query.detach(), key.detach(), scale))
+            if not self.everything:
+                query, key = query.detach(), key.detach()
+            self.calls.append((query, key, scale))
         return func(*args, **kwargs)
 
 
@@ -202,9 +210,9 @@ class SparseModel:
         with torch.no_grad():
             expected = twin(probe.to(network_dtype)).to(self.dtype)
 
-        self._tap = _AttentionTap()
-        calls = self._tap.calls  # a hook that held this object would keep both alive
-        twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: calls.clear())  # earlier blocks rank nothing
+        self._tap = tap = _AttentionTap()
+        # Earlier blocks rank nothing. A hook that held this object, and not the tap, would keep both alive.
+        twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: None if tap.everything else tap.calls.clear())
         twin.patch_embed = _EmbedSlot(embed, embed.grid_size)
         twin.patch_drop = _GatherSlot(prefix, with_indices=isinstance(twin, Eva))
         for module in (twin.blocks[-1], twin.attn_pool):
@@ -280,6 +288,37 @@ class SparseModel:
         found = self._score(self._tap.calls)
         self._tap.calls.clear()
         return logits.to(images.dtype), found.to(images.dtype)
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self._twin.blocks)
+
+    def attention_maps(self, images: Tensor, cells: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The attention of every block, on timm's modules: (B, heads, tokens, tokens) each, differentiable.
+
+        Args:
+            images, cells: as for a call; tokens are prefix tokens and cells, in that order.
+
+        Raises:
+            SmiError: a block that makes no fused attention call, or several.
+        """
+        for block in self._twin.blocks:
+            for part in block.modules():
+                if hasattr(part, "fused_attn"):
+                    part.fused_attn = True
+        self._tap.everything = True
+        self._tap.calls.clear()
+        try:
+            with self._tap:
+                self(images, cells)
+            calls = self._tap.calls[: self.depth]
+            if len(self._tap.calls) != self.depth + (self._twin.attn_pool is not None):
+                raise SmiError(f"{self.info.name} has no single attention in each block, so it has no maps to give.")
+            return tuple((query @ key.mT * scale).softmax(-1).to(images.dtype) for query, key, scale in calls)
+        finally:
+            self._tap.everything = False
+            self._tap.calls.clear()
 
     @property
     def where(self) -> str:
@@ -466,9 +505,15 @@ def unsupported_reasons(model: object) -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is the first GPU, else the CPU. Raises `SmiError` for a device that is not there."""
+    """``auto`` is a GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK, else the first.
+
+    Raises `SmiError` for a device that is not there.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        return torch.device(f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError:

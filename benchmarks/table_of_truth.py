@@ -1,0 +1,360 @@
+#!/usr/bin/env python
+"""What images of every kind are worth: accuracy of networks calibrated on them, and of students taught by them.
+
+    python -m benchmarks.table_of_truth --work truth --test SOMEWHERE/test --real SOMEWHERE/train
+    python -m benchmarks.table_of_truth --work truth-deit --model deit_base_patch16_224.fb_in1k \
+        --student deit_tiny_patch16_224 --preset fast --images 64 --test imagenet:IMAGENET --real IMAGENET/train
+
+Laid out as the two tables of Hu et al., ICML 2024 (section 4): a row for every source of images, real ones and Gaussian
+noise among them, and a column for every use. All rows share targets, image count and seeds; one row has as many sparse
+images as cost what the dense ones did. Every pool, student and figure is kept under --work as it is done, so that the
+same command goes on after an interruption. Writes one JSON file under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import smi
+from benchmarks.timing import environment, interleaved
+from smi.adapters.timm import resolve_device
+from smi.augment import NOISE, normal_images
+from smi.calibration import from_pool
+from smi.config import preset_or_file
+from smi.errors import SmiError
+from smi.evaluation import data_config, data_transform, open_dataset
+from smi.flops import count_flops
+from smi.pool import atomic_write
+from smi.run import run
+
+INVERTED: dict[str, dict[str, Any]] = {
+    "dense": {"strategy": "dense"},
+    "sparse strict": {"strategy": "sparse", "semantics": "strict"},
+    "sparse official": {"strategy": "sparse", "semantics": "official"},
+    "random strict": {"strategy": "random", "semantics": "strict"},
+}
+EQUAL_COST = "sparse strict, at the cost of dense"
+ROWS = ("real images", *INVERTED, EQUAL_COST, "gaussian noise")
+WHOLE = ", whole image"  # of a sparse pool, with the mean in dropped patches; where none are dropped it is the same
+QUANTIZED = {
+    f"W{weights}A{activations} {observer}{WHOLE if fill else ''}": {
+        "fill": fill,
+        "how": {"weights": weights, "activations": activations, "observer": observer},
+    }
+    for weights, activations, observer, fill in (
+        (8, 8, "minmax", None),
+        (4, 8, "minmax", None),
+        (4, 4, "minmax", None),
+        (3, 4, "minmax", None),
+        (4, 4, "mse", None),
+        (3, 4, "mse", None),
+        (4, 4, "mse", "mean"),
+        (3, 4, "mse", "mean"),
+    )
+}
+AS_IT_IS = ", image as it is"
+CALIBRATING = 32  # images, [SMI] section 4.1
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A column of students: how they are made, and how they are taught."""
+
+    make: Callable[[], nn.Module]
+    config: smi.TransferConfig
+
+
+class Bench:
+    """Everything that the cells share.
+
+    Attributes:
+        work: folder of pools, students and finished cells.
+        images: of every row but that of equal cost.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.work, self.images = Path(args.work), args.images
+        self.network = smi.load_model(args.model, pretrained=not args.no_pretrained)
+        self.model = smi.SparseModel(self.network, name=args.model, device=resolve_device(args.device))
+        self.base = preset_or_file(args.preset).replace(snapshots=0)
+        self.test, self.real, self.limit = args.test, args.real, args.limit
+        self._tests: dict[str, Any] = {}
+
+    def config(self, row: str, seed: int) -> smi.Config:
+        return self.base.replace(seed=seed, **INVERTED.get(row, INVERTED["dense"])).resolved()
+
+    def plan(self, images: int) -> smi.WorkPlan:
+        classes = self.model.info.num_classes
+        return smi.WorkPlan.balanced(range(classes), images, self.base.batch_size, classes)
+
+    def pool(self, row: str, seed: int) -> smi.Pool:
+        """The images of a row, made now as far as they are missing."""
+        folder = self.work / "pools" / f"{row.replace(' ', '-').replace(',', '')}-{seed}"
+        if row in INVERTED:
+            run(self.model, self.plan(self.images), self.config(row, seed), folder, on_batch=_told(row, seed))
+        elif row == EQUAL_COST:
+            self._enlarge(self.pool("sparse strict", seed), self.config("sparse strict", seed), folder, seed)
+        else:
+            plan = self.plan(self.images)
+            where = self.model.where
+            writer = smi.PoolWriter(folder, self.model.info, self.config(row, seed), plan, device=where)
+            for batch in writer.missing:
+                writer.write(batch, self._given(row, seed, plan, plan.batch(batch)))
+        return smi.Pool(folder)
+
+    def _enlarge(self, pool: smi.Pool, config: smi.Config, folder: Path, seed: int) -> None:
+        """The pool's own images and as many more as the time of the dense ones would have made."""
+        plan = self.plan(round(self.images * self.flops("dense") / self.flops("sparse strict")))
+        writer = smi.PoolWriter(folder, pool.info, config, plan, device=self.model.where)
+        whole = [b for b in writer.missing if b in pool.batches and pool.plan.batch(b) == plan.batch(b)]
+        for batch in whole:
+            writer.write(batch, pool.load(batch))
+        run(self.model, plan, config, folder, on_batch=_told(EQUAL_COST, seed))
+
+    def flops(self, row: str) -> int:
+        """Of the inversion of one image, over the whole schedule."""
+        config = self.config(row, 0)
+        stages = [(0, self.model.info.num_patches), *config.schedule(self.model.info.num_patches).items()]
+        ends = [start for start, _ in stages[1:]] + [config.iterations]
+        return sum(
+            (end - start) * count_flops(self.model, kept) for (start, kept), end in zip(stages, ends, strict=True)
+        )
+
+    def _given(self, row: str, seed: int, plan: smi.WorkPlan, numbers: range) -> smi.Result:
+        """A batch of real images or of noise, as if it had been inverted; the teacher says the same of it."""
+        info, targets = self.model.info, [plan.targets[i] for i in numbers]
+        if row == "gaussian noise":
+            images = normal_images(seed, NOISE, numbers, info.input_size)
+        else:
+            images = torch.stack([self._real(target, seed, i) for target, i in zip(targets, numbers, strict=True)])
+        with torch.no_grad():
+            logits, _ = self.model(images.to(self.model.device, self.model.dtype))
+        return smi.Result(
+            images=images,
+            keep=torch.arange(info.num_patches).repeat(len(images), 1),
+            dropped_at=torch.full((len(images), info.num_patches), self.base.iterations, dtype=torch.int32),
+            targets=torch.tensor(targets),
+            indices=torch.tensor(numbers),
+            logits=logits.float().cpu(),
+            losses={},
+            history={},
+            snapshots=torch.zeros(0, 0, *info.input_size, dtype=torch.uint8),
+            snapshot_at=[],
+        )
+
+    def _real(self, target: int, seed: int, number: int) -> Tensor:
+        """A picture of class `target`: another one for every image number and seed."""
+        folder = self.dataset(self.real, data_config(self.network), keep=False)
+        own = [place for place, label in enumerate(folder.targets) if label == target]
+        draw = torch.randperm(len(own), generator=torch.Generator().manual_seed(1_000_003 * seed + target))
+        image: Tensor = folder[own[int(draw[number // self.model.info.num_classes])]][0]
+        return image
+
+    def dataset(self, place: str, data: dict[str, Any], *, keep: bool = True) -> Any:
+        """Labelled images as a network with that data config wants them; the test images once and for all."""
+        key = json.dumps([place, keep, data], sort_keys=True)
+        if key not in self._tests:
+            info = self.model.info
+            found = open_dataset(
+                place, data_transform(data), num_classes=info.num_classes, class_names=info.class_names
+            )
+            if keep:
+                total = min(self.limit or len(found), len(found))
+                items = [found[i * len(found) // total] for i in range(total)]
+                found = TensorDataset(torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
+            self._tests[key] = found
+        return self._tests[key]
+
+    def top1(self, network: nn.Module, data: dict[str, Any], device: Any = "cpu", batch_size: int = 100) -> float:
+        return smi.evaluate(network, self.dataset(self.test, data), batch_size=batch_size, device=device).top1
+
+
+def quantized(bench: Bench, row: str, seed: int, fill: Any, how: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the teacher with so few bits, its ranges taken from the row's first images."""
+    made = smi.quantize(bench.network, from_pool(bench.pool(row, seed), images=CALIBRATING, fill=fill), **how)
+    return {"top1": bench.top1(made.model, made.data, batch_size=16)}  # its many passes stay in the cache
+
+
+def taught(bench: Bench, row: str, seed: int, column: str, lesson: Lesson) -> dict[str, Any]:
+    """Accuracy of a student that has learnt from the row's images; those held out choose it, never the test's."""
+    torch.manual_seed(seed)  # of fresh weights
+    student = lesson.make()
+    folder = bench.work / "students" / f"{row}-{seed}-{column}".replace(" ", "-").replace(",", "")
+    config = dataclasses.replace(lesson.config, seed=seed)
+    device = bench.model.device
+    found = smi.teach(student, bench.pool(row, seed), folder, config, name=column, device=device)
+    from safetensors.torch import load_file
+
+    student.load_state_dict(load_file(found.path / "student.safetensors"))
+    top1 = bench.top1(student.to(device), data_config(student), device)
+    return {"top1": top1, "agreement": found.curve[found.best].agreement, "epoch": found.best, "fed": found.fed}
+
+
+def lessons(args: argparse.Namespace, bench: Bench) -> dict[str, Lesson]:
+    """The three kinds of student. The embedded teacher's own are the judge's features and a smaller Transformer."""
+    classes = bench.model.info.num_classes
+
+    def trained() -> nn.Module:
+        model: Any = smi.load_model(args.student or "embedded:judge")
+        model.reset_classifier(classes)
+        network: nn.Module = model
+        return network
+
+    def fresh() -> nn.Module:
+        if args.student:
+            return smi.load_model(args.student, pretrained=False, num_classes=classes)
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(
+            img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=classes, drop_path_rate=0.1
+        )
+        model.pretrained_cfg = bench.network.pretrained_cfg  # type: ignore[assignment]  # same pixels
+        return model
+
+    probe = smi.TransferConfig(mode="probe", epochs=args.epochs, batch_size=32, fill="mean")
+    tune = smi.TransferConfig(mode="finetune", epochs=args.epochs, batch_size=32, fill="mean")
+    long = dataclasses.replace(tune, epochs=3 * args.epochs, learning_rate=1e-3, weight_decay=0.05)
+    return {
+        "linear probe": Lesson(trained, probe),
+        f"linear probe{AS_IT_IS}": Lesson(trained, dataclasses.replace(probe, fill="as-is")),
+        "full fine-tuning": Lesson(trained, tune),
+        "from scratch": Lesson(fresh, long),
+    }
+
+
+def cells(args: argparse.Namespace, bench: Bench) -> dict[str, Callable[[str, int], dict[str, Any]]]:
+    """Column -> what measures it for a row and a seed."""
+    found: dict[str, Callable[[str, int], dict[str, Any]]] = {}
+    for column, how in QUANTIZED.items():
+        found[column] = lambda row, seed, how=how: quantized(bench, row, seed, **how)  # type: ignore[misc]
+    for column, lesson in lessons(args, bench).items():
+        found[column] = lambda row, seed, c=column, x=lesson: taught(bench, row, seed, c, x)  # type: ignore[misc]
+    return {column: cell for column, cell in found.items() if not args.columns or column in args.columns}
+
+
+def same(row: str, column: str) -> str:
+    """The column that says the same of a row without dropped patches."""
+    sparse = INVERTED.get(row, {}).get("strategy") in ("sparse", "random") or row == EQUAL_COST
+    return column if sparse else column.removesuffix(WHOLE).removesuffix(AS_IT_IS)
+
+
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the file says, or else what `measure` gives, which the file says from then on."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(measure()).encode())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def cost(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Seconds and memory of one batch of every inverted row, in turns."""
+    targets = list(bench.plan(bench.base.batch_size).targets)
+    device, peak = bench.model.device, {}
+
+    def invert(row: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        smi.invert(bench.model, targets, bench.config(row, 0))
+        peak[row] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+    times = interleaved({row: lambda row=row: invert(row) for row in INVERTED}, rounds=rounds, device=device)
+    return {
+        row: {
+            "seconds_per_image": times[row]["median"] / len(targets),
+            "spread": times[row]["spread"],
+            "peak_bytes": peak[row],
+        }
+        for row in INVERTED
+    }
+
+
+def _told(row: str, seed: int) -> Callable[[int, smi.Result, float], None]:
+    return lambda batch, _, seconds: print(f"seed {seed}: {row}, batch {batch}: {seconds:.0f} s", flush=True)
+
+
+def settings(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    """What a figure depends on; one work folder holds figures of one setting."""
+    given = {key: getattr(args, key) for key in ("model", "preset", "images", "limit", "student", "epochs")}
+    return {**given, "config": bench.base.to_dict(), "weights_sha256": bench.model.info.weights_sha256}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True, help="folder for pools, students and finished cells")
+    parser.add_argument("--test", required=True, help="as --data of smi evaluate")
+    parser.add_argument("--real", help="likewise, images to take in place of synthetic ones; default: no such row")
+    parser.add_argument("--model", default="embedded:teacher")
+    parser.add_argument("--no-pretrained", action="store_true")
+    parser.add_argument("--student", help="timm name; default: the embedded teacher's own students")
+    parser.add_argument("--preset", default="demo", help="of the inversion, or a YAML file of options")
+    parser.add_argument("--images", type=int, default=120, help="a row and seed")
+    parser.add_argument("--limit", type=int, help="test images; default all")
+    parser.add_argument("--epochs", type=int, default=40, help="of probes and fine-tuning; from scratch three times")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--columns", nargs="+", help="default all")
+    parser.add_argument("--rounds", type=int, default=1, help="of timing; 0 leaves it out")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    args = parser.parse_args()
+    if not args.student and args.model != "embedded:teacher":
+        parser.error("name a --student: the embedded ones know ten classes of 32 x 32 pixels")
+
+    bench = Bench(args)
+    mine = settings(args, bench)
+    theirs = once(bench.work / "settings.json", lambda: mine)
+    if theirs != json.loads(json.dumps(mine)):
+        raise SmiError(f"{args.work!r} holds figures of other settings; choose another --work.")
+    columns = cells(args, bench)
+    table: dict[str, Any] = {}
+    for seed in args.seeds:  # outermost, so that whole seeds are done when time runs out
+        for row in [row for row in args.rows if row != "real images" or args.real]:
+            entry = table.setdefault(row, {"images": len(bench.pool(row, seed)), "cells": {}})
+            for column, cell in columns.items():
+                file = (
+                    bench.work / "cells" / f"{row}-{seed}-{same(row, column)}.json".replace(" ", "-").replace(",", "")
+                )
+                found = once(file, lambda row=row, seed=seed, cell=cell: cell(row, seed))  # type: ignore[misc]
+                entry["cells"].setdefault(column, []).append(found)
+                print(f"seed {seed}: {row}: {column}: {found['top1']:.1%}", flush=True)
+    for row, entry in table.items():
+        inverted = "sparse strict" if row == EQUAL_COST else row
+        entry["gflop_per_image"] = bench.flops(inverted) / 1e9 if inverted in INVERTED else 0.0
+    teacher = once(
+        bench.work / "cells" / "teacher.json",
+        lambda: {"top1": bench.top1(bench.network, data_config(bench.network))},
+    )
+    record = {
+        "benchmark": "table_of_truth",
+        **mine,
+        "seeds": args.seeds,
+        "calibrating": CALIBRATING,
+        "teacher_top1": teacher["top1"],
+        "rows": table,
+        "cost": once(bench.work / "cells" / "cost.json", lambda: cost(bench, args.rounds)) if args.rounds else {},
+        "environment": environment(bench.model.device),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"table_of_truth-{args.model.replace(':', '-').replace('/', '-')}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Several runs on one pool: who may work, that work is shared and the dead's taken over, that all bits are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import CLASSES, one_thread, tiny  # noqa: F401
+from typer.testing import CliRunner
+
+import smi
+from smi.adapters.timm import resolve_device
+from smi.cli import app
+from smi.pool import Pool
+from smi.run import run
+from smi.workers import Workers
+
+CONFIG = smi.Config(iterations=6, prune_at=(2,), prune_ratio=(0.5,), batch_size=2, snapshots=0)
+PLAN = smi.WorkPlan(tuple(i % CLASSES for i in range(18)), 2)
+
+
+@pytest.fixture(scope="module")
+def model() -> smi.SparseModel:
+    return smi.SparseModel(tiny(), name="tiny", backend="reference")
+
+
+def start(model: smi.SparseModel, out: Path, made: Path, pause: float = 0.02, **options: Any) -> int:
+    """A process of its own that runs the plan, and writes the batches that it made, a line each, to `made`."""
+    child = os.fork()
+    if child:
+        return child
+
+    def note(batch: int, *_: object) -> None:
+        with made.open("a") as file:
+            file.write(f"{batch}\n")
+
+    code = 1
+    try:
+        run(model, PLAN, CONFIG, out, on_iteration=lambda *_: time.sleep(pause), on_batch=note, **options)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.005)
+
+
+def bits(pool: Path) -> dict[int, bytes]:
+    """The images of every shard; seconds of phases differ from run to run."""
+    opened = Pool(pool)
+    return {batch: opened.load(batch).images.numpy().tobytes() for batch in opened.batches}
+
+
+@pytest.fixture(scope="module")
+def alone(model: smi.SparseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
+    """What one undisturbed run makes."""
+    path = tmp_path_factory.mktemp("alone") / "pool"
+    run(model, PLAN, CONFIG, path)
+    assert not (path / "workers").exists()
+    return bits(path)
+
+
+# --- whole runs ---
+
+
+@pytest.mark.parametrize("kills", range(4))
+def test_workers_that_come_and_are_killed_make_the_pool_of_one_run(
+    model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many are killed, each with a batch in hand, as others join; the last one finds nothing left undone."""
+    monkeypatch.setattr(smi.run, "_LOOK_AGAIN", 0.05)
+    pool, made = tmp_path / "pool", tmp_path / "made"
+    doomed = [start(model, pool, made, pause=0.2, join=True) for _ in range(kills)]
+    wait_for(lambda: len(list((pool / "workers").glob("*.claim"))) >= kills)
+    others = [start(model, pool, made, join=True) for _ in range(2)]
+    wait_for(lambda: made.exists())
+    for child in doomed:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert [os.waitpid(child, 0)[1] for child in others] == [0, 0]
+    assert bits(pool) == alone
+    assert sorted(map(int, made.read_text().split())) == list(range(PLAN.num_batches)), "each is made once"
+    assert not (pool / "workers").exists()
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_welcome_when_it_was_killed(
+    model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path
+) -> None:
+    pool = tmp_path / "pool"
+    first = start(model, pool, tmp_path / "made", pause=0.2)
+    wait_for(lambda: list((pool / "workers").glob("*.claim")))
+    for join in (False, True):
+        with pytest.raises(smi.SmiError, match=rf"another run is at work on .*process {first} on"):
+            run(model, PLAN, CONFIG, pool, join=join)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert run(model, PLAN, CONFIG, pool).complete
+    assert bits(pool) == alone and not (pool / "workers").exists()
+
+
+def test_shards_of_a_plan_are_its_parts(model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path) -> None:
+    found: dict[int, bytes] = {}
+    for part, expected in ((0, [0, 4, 8]), (1, [1, 5]), (2, [2, 6]), (3, [3, 7])):
+        done = run(model, PLAN, CONFIG, tmp_path / str(part), shard=(part, 4))
+        assert done.complete and done.batches_done == len(expected) and done.images_left == 0
+        assert Pool(tmp_path / str(part)).batches == expected
+        found |= bits(tmp_path / str(part))
+    assert found == alone
+    with pytest.raises(smi.SmiError, match="shard is 4/4; expected 0/4 to 3/4"):
+        run(model, PLAN, CONFIG, tmp_path / "x", shard=(4, 4))
+
+
+def test_the_command_takes_parts_and_partners(tmp_path: Path) -> None:
+    args = ["invert", "embedded:teacher", "--iterations", "1", "--set", "prune_at=[]", "--set", "prune_ratio=[]", "-b", "1", "-n", "3", "--device", "cpu"]  # fmt: skip  # noqa: E501
+    for more, batches in ((["--shard", "1/2"], [1]), (["--join"], [0, 1, 2])):
+        shown = CliRunner().invoke(app, [*args, "--out", str(tmp_path / "pool"), *more])
+        assert shown.exit_code == 0, shown.output
+        assert Pool(tmp_path / "pool").batches == batches
+    wrong = CliRunner().invoke(app, [*args, "--out", str(tmp_path / "x"), "--shard", "2/2"])
+    assert wrong.exit_code == 2 and "expected I/N with I from 0 to N - 1" in wrong.output.replace("\n", " ")
+
+
+def test_join_and_overwrite_exclude_each_other(model: smi.SparseModel, tmp_path: Path) -> None:
+    with pytest.raises(smi.SmiError, match="join and overwrite exclude each other"):
+        run(model, PLAN, CONFIG, tmp_path, join=True, overwrite=True)
+
+
+# --- claims ---
+
+
+def test_of_many_that_want_a_batch_one_gets_it(tmp_path: Path) -> None:
+    """The dead's claims among them, which all see and one may take over."""
+    (tmp_path / "workers").mkdir()
+    for batch in range(0, 40, 2):
+        (tmp_path / "workers" / f"{batch:05d}.claim").write_text("deadbeef")
+    runs = [Workers(tmp_path, together=True).__enter__() for _ in range(8)]
+    taken: list[tuple[str, int]] = []
+    go = threading.Barrier(8)
+
+    def grab(worker: Workers) -> None:
+        for batch in range(40):
+            go.wait()
+            if worker.take(batch):
+                taken.append((worker.name, batch))
+
+    threads = [threading.Thread(target=grab, args=(worker,)) for worker in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    holders = Counter(batch for name, batch in taken if runs[[r.name for r in runs].index(name)].holds(batch))
+    assert holders == Counter(range(40))
+    for worker in runs:
+        worker.__exit__(None, None, None)
+    assert not (tmp_path / "workers").exists()
+
+
+def test_a_run_elsewhere_is_dead_when_it_shows_no_life(tmp_path: Path) -> None:
+    (tmp_path / "workers").mkdir()
+    other = tmp_path / "workers" / "0badcafe.json"
+    told = {"name": "0badcafe", "host": "elsewhere", "process": "1@1", "together": True, "since": 0.0}
+    other.write_text(json.dumps(told))
+    (tmp_path / "workers" / "00003.claim").write_text("0badcafe")
+    with Workers(tmp_path, together=True, patience=30) as mine:
+        assert [worker.name for worker in mine.others()] == ["0badcafe"] and not mine.take(3)
+        os.utime(other, (time.time() - 40, time.time() - 40))
+        assert mine.others() == [] and mine.take(3) and mine.holds(3)
+    other.parent.mkdir(exist_ok=True)
+    other.write_text(json.dumps(told))
+    with pytest.raises(smi.SmiError, match=r"another run is at work .* on elsewhere"):
+        Workers(tmp_path).__enter__()
+    assert [file.name for file in (tmp_path / "workers").glob("*.json")] == ["0badcafe.json"]
+    os.utime(other, (time.time() - 90, time.time() - 90))
+    with Workers(tmp_path):
+        assert not other.exists(), "the dead leave nothing behind"
+
+
+def test_a_process_of_the_same_number_that_began_later_is_another(tmp_path: Path) -> None:
+    with Workers(tmp_path, together=True) as first:
+        file = tmp_path / "workers" / f"{first.name}.json"
+        with Workers(tmp_path, together=True) as second:
+            assert [worker.name for worker in second.others()] == [first.name]
+            told = json.loads(file.read_text())
+            file.write_text(json.dumps({**told, "process": f"{os.getpid()}@1"}))
+            assert second.others() == []
+
+
+def test_a_run_that_lost_its_claim_writes_nothing(model: smi.SparseModel, tmp_path: Path) -> None:
+    """It slept so long that another took over what it had in hand."""
+    plan = smi.WorkPlan((0, 1), 1)
+
+    def lose(batch: int, loop: smi.Inversion) -> None:
+        if batch == 0:
+            (tmp_path / "workers" / "00000.claim").write_text("another!")
+
+    done = run(model, plan, CONFIG, tmp_path, on_iteration=lose)
+    assert Pool(tmp_path).batches == [1] and not done.complete
+
+
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert resolve_device("auto") == torch.device("cuda:2")
