@@ -93,7 +93,7 @@ class ModelOptions:
             name=self.model,
             device=device,
             precision=config.precision,
-            ranking=config.ranking,
+            ranking=config.model_ranking,
             backend=self.backend,
         )
 
