@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
-    from smi import losses
+    from smi import losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
@@ -61,7 +61,7 @@ _HOME = {
     "teach": "transfer",
 }
 
-_MODULES = ("losses",)
+_MODULES = ("losses", "schedules")
 
 __all__ = [
     "PRESETS",
@@ -92,6 +92,7 @@ __all__ = [
     "losses",
     "preset",
     "quantize",
+    "schedules",
     "teach",
 ]
 
