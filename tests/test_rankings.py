@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small import PATCH, PRUNED, SEMANTICS, N, one_thread, tiny  # noqa: F401
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,6 +69,8 @@ def test_attention_rollout_is_the_class_row_of_the_product(backend: str, registe
 def test_a_rollout_needs_a_class_token_and_one_attention_in_each_block() -> None:
     with pytest.raises(SmiError, match="'attention_rollout' needs a class token"):
         SparseModel(tiny(class_token=False, global_pool="avg"), ranking="attention_rollout")
+    with pytest.raises(SmiError, match="no single attention in each block"):
+        SparseModel(tiny(block_fn=ParallelThingsBlock), ranking="attention_rollout")
 
 
 def autograd_scores(model: Any, images: Tensor, keep: Tensor, targets: Tensor, tv2: float) -> Tensor:
