@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
+    from smi import losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
@@ -60,6 +61,8 @@ _HOME = {
     "teach": "transfer",
 }
 
+_MODULES = ("losses", "schedules")
+
 __all__ = [
     "PRESETS",
     "Config",
@@ -86,13 +89,17 @@ __all__ = [
     "invert",
     "load_model",
     "load_quantized",
+    "losses",
     "preset",
     "quantize",
+    "schedules",
     "teach",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"smi.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'smi' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"smi.{_HOME[name]}"), name)

@@ -30,6 +30,7 @@ from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
+from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
@@ -164,6 +165,7 @@ def plan(options: InvertOptions) -> None:
 def _invert(options: InvertOptions) -> None:
     config = options.make_config()
     model = options.load(config)
+    config = options.fit_schedule(config, model)
     plan = options.make_plan(model.info, config)
     out = options.pool(config)
 
@@ -243,6 +245,7 @@ def _command(*words: str | Path) -> str:
 def _plan(options: InvertOptions) -> None:
     config = options.make_config()
     model = options.load(config)
+    config = options.fit_schedule(config, model)
     plan = options.make_plan(model.info, config)
 
     from smi.predict import predict
@@ -332,6 +335,7 @@ def _plain(label: str, value: Any) -> str:
 _WITH_OPTIONS = (
     (invert, InvertOptions),
     (plan, InvertOptions),
+    (schedule, InvertOptions),
     (doctor, DoctorOptions),
     (quantize, QuantizeOptions),
     (transfer, TransferOptions),

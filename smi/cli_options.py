@@ -93,7 +93,7 @@ class ModelOptions:
             name=self.model,
             device=device,
             precision=config.precision,
-            ranking=config.ranking,
+            ranking=config.model_ranking,
             backend=self.backend,
         )
 
@@ -190,6 +190,27 @@ class InvertOptions(ModelOptions):
         str | None,
         _option("--prune-ratio", panel=_SCHEDULE, metavar="LIST", help="Share of the patches stopped at each: .3,.3."),
     ] = None
+    schedule: Annotated[
+        str | None,
+        _option(
+            "--schedule",
+            panel=_SCHEDULE,
+            help="paper, uniform or cosine, in place of --prune-at and --prune-ratio.",
+            autocompletion=lambda: ["paper", "uniform", "cosine"],
+        ),
+    ] = None
+    sparsity: Annotated[
+        float | None,
+        _option("--sparsity", panel=_SCHEDULE, help="Share of the patches that --schedule stops in all: 0.77."),
+    ] = None
+    budget: Annotated[
+        float | None,
+        _option("--budget", panel=_SCHEDULE, help="Operations at most, as a share of dense inversion's: 0.25."),
+    ] = None
+    ranking: Annotated[
+        str | None,
+        _option("--ranking", panel=_SCHEDULE, help="What patches are ranked by.", autocompletion=_choices("ranking")),
+    ] = None
     division: Annotated[
         int | None, _option("--division", panel=_SCHEDULE, help="Images of each trajectory under rebirth.")
     ] = None
@@ -241,7 +262,18 @@ class InvertOptions(ModelOptions):
 
     # Flags that are options of the config under the same name.
     _CONFIG_FLAGS: ClassVar = (
-        *("strategy", "semantics", "iterations", "division", "jitter", "best", "batch_size", "seed", "precision"),
+        *(
+            "strategy",
+            "semantics",
+            "iterations",
+            "ranking",
+            "division",
+            "jitter",
+            "best",
+            "batch_size",
+            "seed",
+            "precision",
+        ),
         *("cross_entropy", "tv1", "tv2", "l2", "learning_rate"),
     )
 
@@ -253,6 +285,8 @@ class InvertOptions(ModelOptions):
             raise SmiError("--num-images and --per-class exclude each other; give one of them.")
         if self.per_class is not None and self.per_class < 1:
             raise SmiError(f"--per-class is {self.per_class}; expected at least 1.")
+        if self.makes_schedule and (self.prune_at is not None or self.prune_ratio is not None):
+            raise SmiError("--schedule, --sparsity and --budget choose --prune-at and --prune-ratio; give either.")
         if self.time_budget is not None:
             parse_duration(self.time_budget)
         if self.shard is not None:
@@ -262,8 +296,15 @@ class InvertOptions(ModelOptions):
     def demo(self) -> bool:
         return self.preset == "demo" or (not (self.preset or self.config) and self.model.startswith("embedded:"))
 
+    @property
+    def makes_schedule(self) -> bool:
+        return any(value is not None for value in (self.schedule, self.sparsity, self.budget))
+
     def make_config(self) -> Config:
-        """Preset or file, then --set, then the named flags; the later wins. Resolved."""
+        """Preset or file, then --set, then the named flags; the later wins. Resolved.
+
+        With --schedule, --sparsity or --budget nothing is pruned until `fit_schedule` knows the model.
+        """
         if self.config:
             base = Config.load(self.config)
         else:
@@ -271,9 +312,27 @@ class InvertOptions(ModelOptions):
         changes = dict(parse_setting(text) for text in self.settings or ())
         changes |= {n: v for n in self._CONFIG_FLAGS if (v := getattr(self, n)) is not None}
         for name in ("prune_at", "prune_ratio"):
-            if getattr(self, name) is not None:
+            if self.makes_schedule:
+                changes[name] = []
+            elif getattr(self, name) is not None:
                 changes[name] = parse_numbers(f"--{name.replace('_', '-')}", getattr(self, name))
         return base.replace(**changes).resolved()
+
+    def fit_schedule(self, config: Config, model: SparseModel) -> Config:
+        """`config` with the prunings that --schedule, --sparsity or --budget mean for `model`."""
+        if not self.makes_schedule:
+            return config
+        from smi.flops import count_flops
+        from smi.schedules import scheduled
+
+        return scheduled(
+            config,
+            self.schedule or "paper",
+            model.info.num_patches,
+            sparsity=self.sparsity,
+            budget=self.budget,
+            flops=lambda kept: count_flops(model, kept),
+        )
 
     def make_plan(self, info: ModelInfo, config: Config) -> WorkPlan:
         """The targets: every class unless --classes, one batch (demo: 40 images) unless a number was given."""

@@ -89,7 +89,7 @@ class TransferOptions(ModelOptions):
             name=self.teacher,
             device=resolve_device(self.device),
             precision=config.precision,
-            ranking=config.ranking,
+            ranking=config.model_ranking,
             backend=self.backend,
         )
         return Synthesis(teacher, config, on_iteration)

@@ -23,6 +23,16 @@ Jitter = Literal["patch", "pixel", "none"]
 Stopped = Literal["frozen", "evolve"]
 Scope = Literal["image", "batch"]
 ResultMask = Literal["carried", "reranked"]
+Ranking = Literal[
+    "auto",
+    "class_attention",
+    "attention_pool",
+    "received_attention",
+    "attention_rollout",
+    "gradient_input",
+    "random",
+]
+ModelRanking = Literal["auto", "class_attention", "attention_pool", "received_attention", "attention_rollout"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -40,7 +50,9 @@ class Config:
         prune_at: iterations t at which patches are stopped, 1 <= t < T, increasing, no two adjacent.
         prune_ratio: share r of the surviving patches stopped at each, 0 < r < 1; floor(K (1 - r)) go on.
         division: v of ``rebirth``: sparse images of each trajectory, of which each has floor(N / v) of N patches.
-        ranking: what patches are ranked by; ``auto`` takes the best signal the model has.
+        ranking: what patches are ranked by; ``auto`` takes the best signal the model has, the other attentions as in
+            `smi.SparseModel`. ``gradient_input`` is the sum over a patch's pixels of |gradient of the loss x pixel|
+            (Shrikumar et al., "Not Just a Black Box", 2016), ``random`` each image's own draw.
         cross_entropy, tv1, tv2, l2: weights of the built-in objectives.
         learning_rate, beta1, beta2, eps: Adam on the pixels, no weight decay.
         flip: flip the batch (or image) horizontally with probability 1/2 as part of the augmentation.
@@ -70,7 +82,7 @@ class Config:
     prune_at: tuple[int, ...] = (50, 100, 200, 300)
     prune_ratio: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
     division: int = 4
-    ranking: Literal["auto", "class_attention", "attention_pool", "received_attention"] = "auto"
+    ranking: Ranking = "auto"
     cross_entropy: float = 1.0
     tv1: float = 0.0
     tv2: float = 1e-4
@@ -101,6 +113,8 @@ class Config:
         self._check_schedule()
         if self.strategy == "rebirth":
             self._check_rebirth()
+        if self.ranking == "random" and self.result_mask == "reranked":
+            raise SmiError("result_mask 'reranked' would draw the patches anew under ranking 'random'; use 'carried'.")
 
     def _check_ranges(self) -> None:
         at_least = {
@@ -162,6 +176,11 @@ class Config:
             raise SmiError("result_mask 'reranked' would undo what rebirth has taken out; use 'carried'.")
 
     @property
+    def model_ranking(self) -> ModelRanking:
+        """What the model has to rank by; ``auto`` where it is not the model that ranks."""
+        return "auto" if self.ranking == "gradient_input" or self.ranking == "random" else self.ranking
+
+    @property
     def images_per_trajectory(self) -> int:
         """Results of one optimised image: `division` under ``rebirth``, else 1."""
         return self.division if self.strategy == "rebirth" else 1
@@ -174,7 +193,9 @@ class Config:
             "augment_per": "image" if strict else "batch",
             "stopped": "frozen" if strict else "evolve",
             "norm": "image" if strict else "batch",
-            "result_mask": "carried" if strict or self.strategy == "rebirth" else "reranked",
+            "result_mask": "carried"
+            if strict or self.strategy == "rebirth" or self.ranking == "random"
+            else "reranked",
         }
         return dataclasses.replace(self, **{k: v for k, v in follow.items() if getattr(self, k) is None})
 

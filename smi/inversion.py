@@ -23,6 +23,7 @@ from smi.config import Config
 from smi.errors import SmiError
 from smi.flops import count_flops
 from smi.objectives import BUILT_IN, Context, Objective, Objectives, OwnTerms
+from smi.rankings import gradient_input
 from smi.rebirth import Part, interleaved, trajectories, without
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
@@ -72,7 +73,11 @@ class Inversion:
         self.config = (config or Config()).resolved()
         if not isinstance(model, SparseModel):
             model = SparseModel(
-                model, device=device, precision=self.config.precision, ranking=self.config.ranking, backend=backend
+                model,
+                device=device,
+                precision=self.config.precision,
+                ranking=self.config.model_ranking,
+                backend=backend,
             )
         check_fit(model, self.config)
         self.model = model
@@ -147,7 +152,7 @@ class Inversion:
         else:
             with smi_kernels.use_backend(self.model.backend):
                 if self.strategy.wants_scores(t):
-                    _, self._scores = self._descent.rank(self.keep.shape[1])
+                    self._scores = self._rank_fused(self._descent)
                 try:
                     self._descent.advance(iterations)
                 finally:  # a loss may fail halfway
@@ -161,9 +166,12 @@ class Inversion:
 
     def _iterate(self, t: int) -> None:
         """Iteration `t`: forward, any losses, autograd, Adam."""
+        wants = self.strategy.wants_scores(t)
+        in_passing = wants and self.config.ranking == self.config.model_ranking
+        self._scores = self._rank(self.images, self.keep) if wants and not in_passing else None
         self.images.requires_grad_(True)
         offsets = None if t in self.strategy.still else self.offsets[t]
-        context, scores = self._forward(offsets, scores=self.strategy.wants_scores(t))
+        context, scores = self._forward(offsets, scores=in_passing)
         loss, means = self.objectives(context)
         (grad,) = torch.autograd.grad(loss, self.images)
         self.images.requires_grad_(False)
@@ -183,7 +191,8 @@ class Inversion:
         )
         for name, value in means.items():
             self._history[name][t] = value
-        self._scores = scores
+        if in_passing:
+            self._scores = scores
 
     def _stride(self) -> int:
         """Iterations until something has to be looked at."""
@@ -265,9 +274,7 @@ class Inversion:
         count = self.model.info.num_patches // self.config.division
         if self.keep.shape[1] == count:
             return self.keep
-        _, scores = self.model.feed(self.images, self.keep, scores=True)
-        assert scores is not None
-        return smi_kernels.select_tokens(scores, self.keep, count)
+        return smi_kernels.select_tokens(self._rank(self.images, self.keep), self.keep, count)
 
     def _curves(self) -> dict[str, Tensor]:
         """Name -> (T,), the mean over the batch of each objective at every iteration done."""
@@ -313,19 +320,46 @@ class Inversion:
 
     def _forward(self, offsets: Tensor | None, scores: bool = False) -> tuple[Context, Tensor | None]:
         """Feed the surviving patches of the images under one augmentation."""
-        keep = self.keep if self.keep.shape[1] < self.model.info.num_patches else None
-        logits, found = self.model.feed(self.images, keep, offsets, scores)
-        context = Context(
+        logits, found = self.model.feed(self.images, self._fed(self.keep), offsets, scores)
+        context = self._context(self.images, self.keep, logits, offsets)
+        return context, None if found is None else found.detach()
+
+    def _fed(self, keep: Tensor) -> Tensor | None:
+        """`keep`, or None if it is all patches."""
+        return keep if keep.shape[1] < self.model.info.num_patches else None
+
+    def _context(self, images: Tensor, keep: Tensor, logits: Tensor, offsets: Tensor | None) -> Context:
+        return Context(
             step=self.iteration,
-            images=self.images,
+            images=images,
             logits=logits,
             targets=self.targets,
-            keep=self.keep,
+            keep=keep,
             offsets=offsets,
             features=self.model.features,
             per_image=self.objectives.per_image,
         )
-        return context, None if found is None else found.detach()
+
+    def _rank_fused(self, descent: smi_kernels.PixelDescent) -> Tensor:
+        """(B, K) scores of the surviving patches, from the fused kernels where they know the signal."""
+        if self.config.model_ranking == self.config.ranking and self.model.info.ranking == "class_attention":
+            return descent.rank(self.keep.shape[1])[1]
+        return self._rank(self.images, self.keep)
+
+    def _rank(self, images: Tensor, keep: Tensor) -> Tensor:
+        """(B, K) scores of the patches `keep` (B, K) of the un-augmented `images`."""
+        if self.config.ranking == "random":
+            return self.strategy.draw(self.iteration + 1, keep)
+        if self.config.ranking == "gradient_input":
+            with torch.enable_grad():
+                images = images.detach().clone().requires_grad_()
+                logits, _ = self.model.feed(images, self._fed(keep))
+                loss, _ = self.objectives(self._context(images, keep, logits, None))
+                return gradient_input(loss, images, keep, self.model.info.patch_size)
+        with torch.no_grad():
+            _, scores = self.model.feed(images, self._fed(keep), scores=True)
+        assert scores is not None
+        return scores
 
     def _prune(self, t: int) -> None:
         self._snapshots.append((t, self._picture(self.images)))
@@ -354,9 +388,7 @@ class Inversion:
         share = math.prod((1 - Fraction(repr(ratio)) for ratio in self.config.prune_ratio), start=Fraction(1))
         count = max(1, min(math.floor((info.num_patches + info.num_prefix_tokens) * share), info.num_patches))
         everything = torch.arange(info.num_patches, device=images.device).repeat(images.shape[0], 1)
-        _, scores = self.model.feed(images, scores=True)
-        assert scores is not None
-        return smi_kernels.select_tokens(scores, everything, count)
+        return smi_kernels.select_tokens(self._rank(images, everything), everything, count)
 
     @torch.no_grad()
     def _track_best(self) -> None:
@@ -404,7 +436,7 @@ def check_fit(model: SparseModel, config: Config) -> None:
         raise SmiError(
             f"the model runs in {model.precision}, the config asks for {config.precision}; give both the same."
         )
-    if config.ranking not in ("auto", model.info.ranking):
+    if config.model_ranking not in ("auto", model.info.ranking):
         raise SmiError(
             f"the model ranks by {model.info.ranking}, the config asks for {config.ranking}; give both the same."
         )

@@ -38,6 +38,22 @@ class Strategy:
         """Whether the forward of this iteration has to yield ranking scores, for the pruning that follows it."""
         return self.ranks_from_model and iteration + 1 in self.schedule
 
+    def draw(self, iteration: int, keep: Tensor) -> Tensor:
+        """(B, K) float32 uniform scores of the patches `keep`, from each image's own stream.
+
+        Args:
+            iteration: one of `schedule`, or later for one more draw.
+        """
+        count = len(self.schedule) + 1
+        number = list(self.schedule).index(iteration) if iteration in self.schedule else count - 1
+        priorities = np.stack(
+            [
+                stream(self.config.seed, RANKING, i).random((count, self.num_patches), dtype=np.float32)
+                for i in self.indices
+            ]
+        )[:, number]
+        return torch.from_numpy(priorities).to(keep.device).gather(1, keep)
+
     def select(self, iteration: int, keep: Tensor, scores: Tensor | None) -> Tensor:
         """The patches that go on: (B, K') int64 out of `keep` (B, K), both in grid order.
 
@@ -66,14 +82,7 @@ class Random(Strategy):
     ranks_from_model = False
 
     def select(self, iteration: int, keep: Tensor, scores: Tensor | None) -> Tensor:
-        number = list(self.schedule).index(iteration)
-        priorities = np.stack(
-            [
-                stream(self.config.seed, RANKING, i).random((len(self.schedule), self.num_patches), dtype=np.float32)
-                for i in self.indices
-            ]
-        )[:, number]
-        drawn = torch.from_numpy(priorities).to(keep.device).gather(1, keep)
+        drawn = self.draw(iteration, keep)
         return smi_kernels.select_tokens(drawn, keep, self.schedule[iteration])
 
 

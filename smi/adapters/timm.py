@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -25,11 +25,11 @@ from torch.overrides import TorchFunctionMode
 
 import smi_kernels
 import smi_kernels.backends
-from smi.config import Precision
+from smi.adapters.rollout import attention_rollout
+from smi.config import ModelRanking, Precision
 from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
 
-Ranking = Literal["auto", "class_attention", "attention_pool", "received_attention"]
 _DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
 # Of the logits from timm's own, relative: an order of magnitude above what rounding to so many bits does.
 _DIFFERENCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 0.1}
@@ -152,7 +152,8 @@ class SparseModel:
         precision: arithmetic of the network, ``fp32`` or ``bf16``, on the fused kernels ``tf32`` or ``fp16`` too. A
             float64 model stays float64 under ``fp32``.
         ranking: what patches are ranked by; ``auto`` takes the class token's attention in the last block, else the
-            attention pooling's, else the attention each patch receives in the last block.
+            attention pooling's, else the attention each patch receives in the last block. ``attention_rollout`` takes
+            the class token's attention through all blocks, on timm's modules whatever the backend.
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says.
         backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``cuda`` both
@@ -183,7 +184,7 @@ class SparseModel:
         name: str | None = None,
         device: str | torch.device | None = None,
         precision: Precision = "fp32",
-        ranking: Ranking = "auto",
+        ranking: ModelRanking = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         class_names: Sequence[str] = (),
@@ -201,7 +202,7 @@ class SparseModel:
         network_dtype = torch.bfloat16 if precision == "bf16" else self.dtype
         _check_finite(model)
 
-        twin = _frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
+        twin = frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
         embed = twin.patch_embed
         channels, prefix = embed.proj.in_channels, twin.num_prefix_tokens
         height, width = embed.img_size
@@ -215,7 +216,8 @@ class SparseModel:
         twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: None if tap.everything else tap.calls.clear())
         twin.patch_embed = _EmbedSlot(embed, embed.grid_size)
         twin.patch_drop = _GatherSlot(prefix, with_indices=isinstance(twin, Eva))
-        for module in (twin.blocks[-1], twin.attn_pool):
+        ranking_blocks = twin.blocks if ranking == "attention_rollout" else twin.blocks[-1]
+        for module in (ranking_blocks, twin.attn_pool):
             for part in module.modules() if module is not None else ():
                 if hasattr(part, "fused_attn"):
                     part.fused_attn = True  # the tap sees fused calls; the result is the same
@@ -282,11 +284,15 @@ class SparseModel:
         self._features.clear()
         if not scores:
             return self._twin(images).to(images.dtype), None
+        self._tap.everything = self._ranking == "attention_rollout"
         self._tap.calls.clear()
-        with self._tap:
-            logits = self._twin(images)
-        found = self._score(self._tap.calls)
-        self._tap.calls.clear()
+        try:
+            with self._tap:
+                logits = self._twin(images)
+            found = self._score(self._tap.calls)
+        finally:
+            self._tap.everything = False
+            self._tap.calls.clear()
         return logits.to(images.dtype), found.to(images.dtype)
 
     @property
@@ -312,13 +318,17 @@ class SparseModel:
         try:
             with self._tap:
                 self(images, cells)
-            calls = self._tap.calls[: self.depth]
-            if len(self._tap.calls) != self.depth + (self._twin.attn_pool is not None):
-                raise SmiError(f"{self.info.name} has no single attention in each block, so it has no maps to give.")
+            calls = self._of_all_blocks(self._tap.calls)
             return tuple((query @ key.mT * scale).softmax(-1).to(images.dtype) for query, key, scale in calls)
         finally:
             self._tap.everything = False
             self._tap.calls.clear()
+
+    def _of_all_blocks(self, calls: list[tuple[Tensor, Tensor, float]]) -> list[tuple[Tensor, Tensor, float]]:
+        if len(calls) != self.depth + (self._twin.attn_pool is not None):
+            name = type(self._original).__name__
+            raise SmiError(f"{name} has no single attention in each block, so it has no maps to give.")
+        return calls[: self.depth]
 
     @property
     def where(self) -> str:
@@ -336,7 +346,7 @@ class SparseModel:
         Args:
             keep: (B, K) int64 patches that are fed, wherever the augmentation moves them; None feeds all.
         """
-        if self.vit is not None and not self._hooks:
+        if self.vit is not None and not self._hooks and (not scores or self._ranking == "class_attention"):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)
             return found if scores else (found, None)
@@ -402,7 +412,7 @@ class SparseModel:
         ]
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
-        if self._ranking != "class_attention":
+        if self._ranking not in ("class_attention", "attention_rollout"):
             reasons.append(f"they rank by class attention, not by {self._ranking}")
         if reasons and wanted != "auto":
             raise SmiError(
@@ -410,11 +420,12 @@ class SparseModel:
             )
         return reasons, "reference" if reasons else name
 
-    def _resolve_ranking(self, wanted: Ranking) -> str:
+    def _resolve_ranking(self, wanted: ModelRanking) -> str:
         has = {
             "class_attention": self._twin.cls_token is not None,
             "attention_pool": isinstance(self._twin.attn_pool, AttentionPoolLatent),
             "received_attention": True,
+            "attention_rollout": self._twin.cls_token is not None,
         }
         if wanted == "auto":
             pools = self._twin.global_pool == "map"
@@ -422,7 +433,7 @@ class SparseModel:
             return next((name for name in order if has[name]), "received_attention")
         if not has[wanted]:
             raise SmiError(
-                f"ranking {wanted!r} needs {'a class token' if wanted == 'class_attention' else 'attention pooling'}, "
+                f"ranking {wanted!r} needs {'attention pooling' if wanted == 'attention_pool' else 'a class token'}, "
                 f"which this model has not; use {', '.join(repr(name) for name in has if has[name])} or 'auto'."
             )
         return wanted
@@ -433,6 +444,8 @@ class SparseModel:
         A block of several parallel attentions makes as many calls; their heads count alike.
         """
         pooled, prefix = self._twin.attn_pool is not None, self._twin.num_prefix_tokens
+        if self._ranking == "attention_rollout":
+            return attention_rollout(self._of_all_blocks(calls))[:, prefix:]
         if len(calls) < 1 + pooled:
             raise SmiError(f"ranking {self._ranking!r} is not to be had: the last block makes no fused attention call.")
         if self._ranking == "attention_pool":
@@ -538,7 +551,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _frozen_twin(model: nn.Module) -> Any:
+def frozen_twin(model: nn.Module) -> Any:
     """A copy of the module tree on the same storage, with no parameter requiring a gradient."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo.update((id(buffer), buffer) for buffer in model.buffers())
