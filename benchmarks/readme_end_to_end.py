@@ -105,7 +105,7 @@ def _published(record: dict[str, Any]) -> list[str]:
         if over:
             lines.append(
                 f"Whole schedules of {model}, batch {batch}, in the papers' terms (over dense, Hu et al., ICML 2024, "
-                f"state 3.79x, Heo & Choi, arXiv 2509.23235, 10x): {'; '.join(over)}."
+                f"state 3.79x, Heo & Choi, arXiv 2509.23235, 10x), one run of each: {'; '.join(over)}."
             )
     return lines
 
@@ -117,7 +117,12 @@ def goals(records: list[dict[str, Any]]) -> str:
         gpu = record["environment"]["gpu"]
         if gpu is not None and GOAL_DEVICE in gpu["name"]:
             found |= steady_rows(record)
-    lines = [f"Goals, steady phase, bf16, {GOAL_DEVICE}:", "", "| goal | measured |", "|---|---|"]
+    lines = [
+        f"Goals, steady phase, bf16, {GOAL_DEVICE} (`python -m benchmarks.end_to_end`):",
+        "",
+        "| goal | measured |",
+        "|---|---|",
+    ]
     for (baseline, batch), least in GOALS.items():
         for short, goal in zip(MODELS, least, strict=True):
             rows = found.get((MODELS[short], batch), {})
