@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 import smi
-from benchmarks.timing import environment
+from benchmarks.timing import RESULTS, environment, write_result
 from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
 from smi.embedded import load_judge
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=100, help="apart from 0, with which the presets were chosen")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     device = resolve_device(args.device)
@@ -118,10 +117,7 @@ def main() -> None:
         "rows": rows,
     }
     print(table(rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"agreement-{args.preset}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, f'agreement-{args.preset}', record)}")
 
 
 if __name__ == "__main__":

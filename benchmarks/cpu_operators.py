@@ -12,7 +12,6 @@ take turns in one process; medians of the rounds. Writes one JSON file under ben
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 import smi
 import smi_kernels
 import smi_kernels.patch_embed.cpu
-from benchmarks.timing import environment, interleaved
+from benchmarks.timing import RESULTS, environment, interleaved, write_result
 from smi_kernels import backends, native
 
 CPU = torch.device("cpu")
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="of the whole iteration")
     parser.add_argument("--kept", type=int, default=46, help="patches of an image that are fed")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     reasons = backends.reasons_against("cpu")
     if reasons:
@@ -172,10 +171,7 @@ def main() -> None:
             f"{name.replace('_', ' '):16s} plain {1e3 * entry['plain']['seconds']:8.1f} ms   "
             f"compiled {1e3 * entry['compiled']['seconds']:7.1f} ms   {entry['speed_up']:5.2f}x"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "cpu_operators.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, 'cpu_operators', record)}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.baselines_timm import PEERS
 from benchmarks.gate import OURS, Reference
 from benchmarks.implementations import Implementation, begin, random_weights
-from benchmarks.timing import environment
+from benchmarks.timing import RESULTS, environment, write_result
 from smi.adapters.timm import resolve_device
 from smi.errors import SmiError
 
@@ -39,6 +37,7 @@ MODELS = {
     "B": "deit_base_patch16_224",
     "L": "vit_large_patch16_224",
 }
+NAME = "end_to_end"  # of the file of results
 ALL = (OURS, *BASELINES, *PEERS)
 
 
@@ -58,7 +57,7 @@ def measure(
     network: Any,
     config: smi.Config,
     record: dict[str, Any],
-    path: Path,
+    folder: Path,
     *,
     implementations: tuple[str, ...],
     whole: tuple[str, ...],
@@ -67,7 +66,7 @@ def measure(
     steps: int,
     rounds: int,
 ) -> None:
-    """All rows of one model and batch size, into `record`, which is written to `path` after each.
+    """All rows of one model and batch size, into `record`, which is written to `folder` after each.
 
     Args:
         name: of the model, for the rows.
@@ -89,7 +88,7 @@ def measure(
 
     def skip(which: str, reason: str) -> None:
         record["skipped"].append({**about, "implementation": which, "reason": reason})
-        write(record, path)
+        write_result(folder, NAME, record)
 
     for which in implementations:
         if clock.over:
@@ -114,7 +113,7 @@ def measure(
     for which, timed in rows.steady(running, steps, rounds, device, clock).items():
         row = rows.complete(found[which], timed, running[which], model.info, work)
         record["rows"].append(row)
-        write(record, path)
+        write_result(folder, NAME, record)
         print(rows.line(row), flush=True)
     running.clear()
     torch._dynamo.reset()  # which holds on to all that was compiled, and its tensors
@@ -128,7 +127,7 @@ def measure(
             continue
         row = {**about, **row, "gate": found[which]["gate"]}
         record["rows"].append(row)
-        write(record, path)
+        write_result(folder, NAME, record)
         print(rows.line(row), flush=True)
 
 
@@ -144,27 +143,13 @@ def _ceilings(record: dict[str, Any], device: torch.device, precision: str) -> t
 
 def new_record(device: torch.device, **about: Any) -> dict[str, Any]:
     return {
-        "benchmark": "end_to_end",
+        "benchmark": NAME,
         **about,
         "environment": environment(device),
         "ceilings": {},
         "rows": [],
         "skipped": [],
     }
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """The record as it is now, in one piece whenever the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(half, path)
-
-
-def result_path(folder: Path, record: dict[str, Any]) -> Path:
-    gpu = record["environment"]["gpu"]
-    kind = "cpu" if gpu is None else gpu["name"].lower().replace(" ", "-")
-    return folder / f"end_to_end-{kind}.json"
 
 
 def main() -> None:
@@ -179,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the steady phase")
     parser.add_argument("--quick", action="store_true", help="Ti, 2 images on a CPU and 32 on a GPU, few rounds")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.steps < 1 or args.rounds < 1:
         raise SmiError(f"--steps is {args.steps} and --rounds {args.rounds}; expected at least 1 of each.")
@@ -192,7 +177,6 @@ def main() -> None:
         args.whole = []
     clock = Clock(args.minutes)
     record = new_record(device, random_weights=not args.pretrained, steps=args.steps, rounds=args.rounds)
-    path = result_path(args.out, record)
     for short in args.models:
         name = MODELS.get(short, short)
         network = smi.load_model(name, pretrained=args.pretrained)
@@ -205,7 +189,7 @@ def main() -> None:
                 network,
                 config,
                 record,
-                path,
+                args.out,
                 implementations=tuple(args.implementations),
                 whole=tuple(args.whole),
                 device=device,
@@ -214,7 +198,7 @@ def main() -> None:
                 rounds=args.rounds,
             )
     print("\n".join(rows.speed_ups(record)))
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, NAME, record)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks.gate import OURS, Gate
 from benchmarks.implementations import WARM, Implementation
+from benchmarks.timing import gpu_state
 from smi.errors import SmiError
 from smi.flops import count_flops
 from smi.state import ModelInfo
@@ -171,19 +171,8 @@ class Memory:
 
 def sm_clock(device: torch.device) -> int | None:
     """MHz of the multiprocessors now; None where nvidia-smi cannot tell."""
-    if device.type != "cuda":
-        return None
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id={device.index or 0}"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout
-        return int(out.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+    said = gpu_state(device, "clocks.sm") if device.type == "cuda" else []
+    return int(said[0]) if said and said[0].isdecimal() else None
 
 
 def needed_flops(info: ModelInfo, shape: tuple[int, int, float], kept: int, batch: int) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smi
-from benchmarks.timing import environment
+from benchmarks.timing import RESULTS, environment, write_result
 from smi.pool import atomic_write
 from smi.run import run
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of the teacher's training")
     parser.add_argument("--epochs", type=int, default=120, help="of a student's")
     parser.add_argument("--tests", type=int, default=2000, help="images of each test")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -252,10 +252,7 @@ def main() -> None:
         "environment": environment(model.device),
     }
     print(f"teacher: {record['teacher']}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "hallucination.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, 'hallucination', record)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ faster. Writes one JSON file under benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import smi
 import smi_kernels
-from benchmarks.timing import environment, quantiles
+from benchmarks.timing import RESULTS, environment, quantiles, write_result
 from smi.adapters.timm import resolve_device
 from smi.profile import DTYPES, in_phase
 from smi_kernels import Operation
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no operator is begun")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     began, device = time.monotonic(), resolve_device(args.device)
@@ -198,11 +197,7 @@ def main() -> None:
     print(table(record))
     if left_out:
         print(f"left out, for want of time: {', '.join(left_out)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    kind = "cpu" if where["gpu"] is None else where["gpu"]["name"].lower().replace(" ", "-")
-    path = args.out / f"operations-{args.model}-{args.precision}-{kind}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, f'operations-{args.model}-{args.precision}', record)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ over the upper half of the sizes, where fixed costs matter least. Writes a JSON 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import smi
-from benchmarks.timing import environment, quantiles
+from benchmarks.timing import RESULTS, environment, quantiles, write_result
 from smi.adapters.timm import resolve_device
 from smi.flops import count_flops
 from smi.profile import DTYPES, in_phase
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="a few small points, to see that it runs")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no point is begun")
     parser.add_argument("--slowest", type=float, default=20.0, help="leave an axis once an iteration takes so long")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     began, device = time.monotonic(), resolve_device(args.device)
@@ -138,11 +137,7 @@ def main() -> None:
         slope = exponent([row[axis] for row in rows], [row["seconds"]["median"] for row in rows])
         record["axes"][axis] = {"rows": rows, "exponent": slope}
         print(f"{axis}: exponent {'-' if slope is None else f'{slope:.2f}'}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    where = record["environment"]
-    kind = "cpu" if where["gpu"] is None else where["gpu"]["name"].lower().replace(" ", "-")
-    path = args.out / f"scaling-{args.precision}-{kind}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path = write_result(args.out, f"scaling-{args.precision}", record)
     plot(record, path.with_suffix(".png"))
     print(f"written to {path} and {path.with_suffix('.png').name}")
 

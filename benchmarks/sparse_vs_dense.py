@@ -12,12 +12,11 @@ it bought. Writes one JSON file under benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import smi
-from benchmarks.timing import environment, interleaved
+from benchmarks.timing import RESULTS, environment, interleaved, write_result
 from smi.adapters.timm import resolve_device
 from smi.flops import count_flops
 
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="iterations of the final phase in a round")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the final phase")
     parser.add_argument("--schedule-rounds", type=int, default=3, help="rounds of the whole schedule")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     device = resolve_device(args.device)
@@ -138,11 +137,7 @@ def main() -> None:
     record["final_phase"]["ratios"] = ratios(record["final_phase"], "seconds_per_iteration")
     record["whole_schedule"]["ratios"] = ratios(record["whole_schedule"], "seconds")
     print(table(record))
-    args.out.mkdir(parents=True, exist_ok=True)
-    kind = "cpu" if where["gpu"] is None else where["gpu"]["name"].lower().replace(" ", "-")
-    path = args.out / f"sparse_vs_dense-{args.model.replace(':', '-').replace('/', '-')}-{kind}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, f'sparse_vs_dense-{args.model}', record)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import smi
-from benchmarks.timing import environment, interleaved
+from benchmarks.timing import RESULTS, environment, interleaved, write_result
 from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
 from smi.calibration import from_pool
@@ -306,7 +306,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--columns", nargs="+", help="default all")
     parser.add_argument("--rounds", type=int, default=1, help="of timing; 0 leaves it out")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 
 
@@ -350,10 +350,7 @@ def main() -> None:
         "cost": once(bench.work / "cells" / "cost.json", lambda: cost(bench, args.rounds)) if args.rounds else {},
         "environment": environment(bench.model.device),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"table_of_truth-{args.model.replace(':', '-').replace('/', '-')}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    print(f"written to {write_result(args.out, f'table_of_truth-{args.model}', record)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The one timing function, and the description of where a figure was taken."""
+"""The timing functions, the description of where a figure was taken, and the file that keeps it."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -49,12 +51,44 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def write_result(folder: Path, name: str, record: dict[str, Any]) -> Path:
+    """Write `record` as `name` with the GPU's in it, or ``cpu``, and say where.
+
+    The file is there whole whenever the process ends, or as it was before.
+    """
+    gpu = record["environment"]["gpu"]
+    kind = "cpu" if gpu is None else gpu["name"].lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.replace(':', '-').replace('/', '-')}-{kind}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, path)
+    return path
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def gpu_state(device: torch.device, *queries: str) -> list[str]:
+    """What nvidia-smi says of the GPU, one answer for each query; nothing where it cannot be asked."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)  # torch numbers only the GPUs that it may see
+    name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    command = ["nvidia-smi", f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits", f"--id={name}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [part.strip() for part in said.splitlines()[0].split(",")] if said.strip() else []
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit, for the head of a result file."""
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+        names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "pstate")
+        gpu |= dict(zip(names, gpu_state(device, *names), strict=False))
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
@@ -70,10 +104,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "timm": timm.__version__,
         "smi": smi.__version__,
         "commit": git.stdout.strip() or "not a git checkout",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Everything that a machine with one GPU can tell, in one go: correctness, sanitizers, then all benchmarks.
+
+    python -m benchmarks.everything --out gpu-results              # under 9 minutes
+    python -m benchmarks.everything --out gpu-results --quick      # 2 minutes
+
+Each part is a process with a time of its own; one that fails or takes too long stops nothing after it. The folder then
+holds ``summary.json`` (what ran, how long, how it ended), ``log.txt`` (all that was printed) and the result files,
+which are written as they grow: whatever ends the run leaves what was found. Copy them to benchmarks/results/ and run
+``python -m benchmarks.readme`` to publish them. Without a GPU the same parts run on the CPU, so that the script itself
+is tried out; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import environment
+from smi.adapters.timm import resolve_device
+from smi.pool import atomic_write
+
+ROOT = Path(__file__).parent.parent
+MINUTES, QUICK_MINUTES = 8.7, 1.9
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: for the summary.
+        share: of the whole time, at most.
+        command: what runs, at the root of the checkout.
+        needs: a program without which it is left out.
+        quick: whether the short form has it too.
+        variables: of the environment, in addition.
+    """
+
+    name: str
+    share: float
+    command: list[str]
+    needs: str | None = None
+    quick: bool = False
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+def parts(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
+    """What runs, in order; shares of the chosen ones add up to at most 1.
+
+    Args:
+        out: folder for result files.
+        seconds: for all of it.
+    """
+    made = [*_correctness(on_gpu, quick), *_benchmarks(out, on_gpu, seconds, quick)]
+    return [part for part in made if part.quick or not quick]
+
+
+def _correctness(on_gpu: bool, quick: bool) -> list[Part]:
+    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernels.py"))
+    suites = ["tests/gpu", *([] if quick else [*kernels, "tests/test_vit.py", "tests/test_cuda_operators.py"])]
+    pytest = _python("pytest", "-q", "-x", "-p", "no:cacheprovider", *suites)
+    # Few iterations in each phase, so that nothing is captured: sanitizers see every launch by itself.
+    schedule = ["--iterations", "7", "--prune-at", "2,4", "--prune-ratio", ".3,.3"]
+    pool = str(Path(tempfile.gettempdir()) / "smi-sanitized")
+    short = _python("smi.cli", "invert", "embedded:teacher", "-n", "4", "-b", "4", *schedule, "--overwrite")
+    short += ["--out", pool, "--backend", "cuda" if on_gpu else "auto"]
+
+    def sanitized(tool: str, share: float, **more: Any) -> Part:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *short]
+        return Part(tool, share, command, needs="compute-sanitizer", **more)
+
+    # The allocator hands out parts of larger blocks, within which nothing is out of bounds.
+    apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return [
+        Part("correctness", 0.3 if quick else 0.22, pytest, quick=True),
+        sanitized("memcheck", 0.15 if quick else 0.06, quick=True, variables=apart),
+        sanitized("racecheck", 0.06),
+        sanitized("synccheck", 0.05),
+    ]
+
+
+def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
+    precision = ["--precision", "bf16" if on_gpu else "fp32"]
+    to = ["--out", str(out)]
+
+    def within(share: float) -> str:
+        """Seconds that a benchmark gives itself, so that it ends before it is ended."""
+        return f"{0.8 * share * seconds:.0f}"
+
+    end_to_end = 0.4 if quick else 0.34
+    whole = ["--models", "Ti", "S", "B", "L", "--batch-sizes", "32", "128"]
+    chosen = ["--quick"] if quick or not on_gpu else whole
+    minutes = ["--minutes", f"{0.8 * end_to_end * seconds / 60:.2f}"]
+    small = ["--batch-size", "1", "--rounds", "5"]
+    deit = ["deit_tiny_patch16_224", "--no-pretrained", "--kept", "46", "-b", "32" if on_gpu else "2", "--json"]
+    rounds = ["--steps", "2", "--rounds", "3", "--schedule-rounds", "1"]
+    return [
+        Part("profile", 0.04, _python("smi.cli", "profile", *deit, *precision)),
+        Part("end_to_end", end_to_end, _python("benchmarks.end_to_end", *chosen, *minutes, *to), quick=True),
+        Part(
+            "operations",
+            0.1,
+            _python(
+                *("benchmarks.operations", *precision, "--budget", within(0.1), *to),
+                *(["--batch-size", "128"] if on_gpu else small),
+            ),
+            quick=True,
+        ),
+        Part(
+            "scaling",
+            0.08,
+            _python("benchmarks.scaling", *precision, "--budget", within(0.08), *to, *([] if on_gpu else ["--few"])),
+        ),
+        Part(
+            "sparse_vs_dense",
+            0.05,
+            _python("benchmarks.sparse_vs_dense", *rounds, *to, *([] if on_gpu else ["--batch-size", "1"])),
+        ),
+    ]
+
+
+def _python(module: str, *args: str) -> list[str]:
+    return [sys.executable, "-m", module, *args]
+
+
+def run(part: Part, seconds: float, log: Path) -> dict[str, Any]:
+    """Run one part, what it prints at the end of `log`; how it ended."""
+    told: dict[str, Any] = {"part": part.name, "command": " ".join(map(str, part.command)), "limit": round(seconds, 1)}
+    if part.needs and shutil.which(part.needs) is None:
+        return {**told, "status": f"left out: there is no {part.needs} here", "seconds": 0.0}
+    if seconds < 1:
+        return {**told, "status": "left out: no time left", "seconds": 0.0}
+    began = time.monotonic()
+    with log.open("ab") as file:
+        file.write(f"\n===== {part.name}: {told['command']}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **dict(part.variables), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # so that its own children end with it
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    status = "took too long" if code is None else "ok" if code == 0 else f"failed with exit code {code}"
+    return {**told, "status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
+def run_all(chosen: list[Part], seconds: float, out: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Every part in its time, and what the ones before left over; the summary after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_bytes(b"")
+    end = time.monotonic() + seconds
+    found: list[dict[str, Any]] = []
+    spare = 0.0
+    for part in chosen:
+        allowed = part.share * seconds + spare
+        found.append(run(part, min(allowed, end - time.monotonic()), log))
+        spare = max(0.0, allowed - found[-1]["seconds"])
+        print(f"{part.name:16s} {found[-1]['seconds']:7.1f} s  {found[-1]['status']}", flush=True)
+        summary = {"environment": environment(device), "seconds": seconds, "parts": found}
+        atomic_write(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is found")
+    parser.add_argument("--quick", action="store_true", help=f"in {QUICK_MINUTES} minutes")
+    parser.add_argument("--minutes", type=float, help=f"in all; default {MINUTES}")
+    parser.add_argument("--only", nargs="+", help="names of parts")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    seconds = 60 * (args.minutes or (QUICK_MINUTES if args.quick else MINUTES))
+    out = args.out.resolve()
+    chosen = parts(out, device.type == "cuda", seconds, args.quick)
+    names = [part.name for part in chosen]
+    if args.only:
+        unknown = set(args.only) - set(names)
+        if unknown:
+            parser.error(f"there is no part {sorted(unknown)[0]!r}; choose among {', '.join(names)}")
+        chosen = [part for part in chosen if part.name in args.only]
+    found = run_all(chosen, seconds, out, device)
+    print(f"written to {out}")
+    sys.exit(any(entry["status"].startswith(("failed", "took")) for entry in found))
+
+
+if __name__ == "__main__":
+    main()
