@@ -75,6 +75,15 @@ class QuantizeOptions(ModelOptions):
             "--skip", metavar="LIST", help="Leave in float: first, head, residual, softmax, scores, norm, ..."
         ),
     ] = ""
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            "--refine", metavar="STEPS", help="Train so many steps after calibration, for 4 bits.", show_default=False
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of --refine. Default: 1e-4.", show_default=False)
+    ] = None
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="New folder.", show_default=False)] = (
         None
     )
@@ -95,6 +104,8 @@ class QuantizeOptions(ModelOptions):
             raise SmiError(f"--fill {self.fill} goes with --pool alone; leave it out.")
         if self.out is None:
             raise SmiError("nowhere to write to; name a new folder with --out DIR.")
+        if self.learning_rate is not None and self.refine is None:
+            raise SmiError(f"--learning-rate {self.learning_rate:g} goes with --refine STEPS alone; leave it out.")
         if self.device not in ("auto", "cpu"):
             raise SmiError(f"device is {self.device!r}; quantization runs on the CPU alone, leave out --device.")
 
@@ -154,17 +165,24 @@ def quantize(options: QuantizeOptions) -> None:
 
       smi quantize deit_base_patch16_224.fb_in1k --pool pools/deit-b -w 4 -a 8 --observer mse --out quantized/w4a8
 
+      smi quantize embedded:teacher --pool pools/embedded-teacher-sparse -w 4 -a 4 --observer mse --refine 200 -o w4a4
+
       smi quantize embedded:teacher --noise 32 --skip softmax,head --out quantized/control --onnx
     """
     from smi.pool import Pool
     from smi.quantization import quantize as make
     from smi.quantizer import kinds_of
+    from smi.refinement import Refinement
 
     assert options.out is not None
+    refine = None
+    if options.refine is not None:
+        rate = Refinement.learning_rate if options.learning_rate is None else options.learning_rate
+        refine = Refinement(options.refine, rate)
     pool = None if options.pool is None else Pool(options.pool)
     model = options.build(seed=0 if pool is None else pool.config.seed)
     calibration = _calibration(options, model, pool)
-    with _bar("calibrating") as tell:
+    with _bar("calibrating") as tell, _bar("refining") as tell_step:
         made = make(
             model,
             calibration,
@@ -172,8 +190,10 @@ def quantize(options: QuantizeOptions) -> None:
             activations=options.activations,
             observer=options.observer,  # type: ignore[arg-type]
             skip=kinds_of(options.skip),
+            refine=refine,
             name=options.model,
             on_batch=tell,
+            on_step=tell_step,
         )
     record = made.save(options.out, onnx=options.onnx, overwrite=options.overwrite)
     if options.json:
@@ -214,6 +234,10 @@ def _print(record: dict[str, Any]) -> None:
     print(f"model       {record['model']['name']}, W{scheme['weights']}A{scheme['activations']}, {scheme['observer']}")
     print(f"calibrated  on {source['images']} images of {source.get('path', source['kind'])}")
     print(f"quantized   {len(sites)} activations, {len(record['weights'])} weights")
+    if record["refinement"] is not None:
+        done = record["refinement"]
+        before, after = done["divergence"]["held_out"]
+        print(f"refined     {done['steps']} steps; divergence of images held out {before:.4f}, then {after:.4f} nats")
     sizes = ", ".join(f"{name} {size(count)}" for name, count in record["bytes"].items())
     print(f"size        {sizes}")
     for file, share in record["agreement"].items():

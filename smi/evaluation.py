@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
@@ -118,9 +120,12 @@ def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Ca
     Raises:
         SmiError: it cannot be compiled, or not here (inductor needs a C++ compiler).
     """
+    from torch._inductor import config as inductor
+
     first: Tensor = next(iter(model.state_dict().values()), torch.zeros(0))  # a network in onnxruntime shows none
     filled = torch.zeros(batch_size, *input_size, device=first.device)
-    run = torch.compile(model, options={"freezing": True})
+    _know_integer_kernels()
+    run = torch.compile(model)
 
     def call(images: Tensor) -> Tensor:
         if len(images) == batch_size:
@@ -128,12 +133,20 @@ def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Ca
         return run(torch.cat((images, filled[len(images) :])))[: len(images)]
 
     try:
-        with torch.no_grad():
+        # An option of torch.compile would come too late: whether weights are constants is decided before it is read.
+        with torch.no_grad(), inductor.patch(freezing=True):
             call(filled)
     except Exception as error:  # compilers fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SmiError(f"the model cannot be compiled here: {reason}. Leave out --compile.") from error
     return call
+
+
+def _know_integer_kernels() -> None:
+    """Have torchao, where it is installed, teach inductor to make oneDNN's integer layers of quantized ones."""
+    with contextlib.suppress(ImportError, SmiError):
+        importlib.import_module("smi.quantizer")  # imports torchao without its warnings
+        importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
 
 
 def open_dataset(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from smi.adapters.timm_quantize import TokenModel
     from smi.quantizer import Observer, Scheme
+    from smi.refinement import Refinement
 
 FORMAT, FORMAT_VERSION = "smi-quantization", 1
 RECORD, PROGRAM, ONNX = "quantization.json", "model.pt2", "model.onnx"
@@ -107,6 +108,7 @@ class Quantized:
         sites, weights: what was quantized, with errors, in order.
         calibration: what it was calibrated on.
         float_bytes: of the float model's parameters and buffers, in float32.
+        refinement: how it was trained and what that changed, for the record; None where it was not.
     """
 
     model: QuantizedModel
@@ -117,6 +119,7 @@ class Quantized:
     weights: list[WeightReport]
     calibration: Calibration
     float_bytes: int
+    refinement: dict[str, Any] | None = None
 
     def save(self, out: str | Path, *, onnx: bool = False, overwrite: bool = False) -> dict[str, Any]:
         """Write the new folder `out`, after each file has been read again and compared on the images held out.
@@ -172,6 +175,7 @@ class Quantized:
             "data": self.data,
             "scheme": asdict(self.scheme),
             "calibration": {**self.calibration.source, "images": self.calibration.images},
+            "refinement": self.refinement,
             "sites": [asdict(site) for site in self.sites],
             "weights": [asdict(weight) for weight in self.weights],
             "agreement": {"images": len(self.calibration.held_out), **agreement},
@@ -210,19 +214,25 @@ def quantize(
     activations: int = 8,
     observer: Observer = "minmax",
     skip: Sequence[str] = (),
+    refine: Refinement | None = None,
     name: str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Quantized:
     """Post-training quantization; see `smi.quantizer.Scheme` for bits, observers and what can be skipped.
 
     Args:
         model: a timm ``VisionTransformer``; copied, not modified.
         calibration: from `smi.calibration`: ``from_pool``, ``from_folder``, ``from_noise``.
+        refine: train the quantized network on the calibration images, see `smi.refinement`; for 4 bits and fewer, from
+            ranges of the ``mse`` observer. None trains nothing.
         name: for the record; default the timm architecture name.
         on_batch: called with the images done and in all; each counts twice, once for ranges and once for errors.
+        on_step: called with the steps of the refinement done and in all.
 
     Raises:
-        SmiError: unsupported model, images made for another model, no such scheme, torchao missing.
+        SmiError: unsupported model, images made for another model, no such scheme, torchao missing, or the refinement
+            diverges.
     """
     from smi.adapters.timm import SparseModel
     from smi.adapters.timm_quantize import TokenModel
@@ -244,9 +254,16 @@ def quantize(
         )
     quantizer = VitQuantizer(scheme)
     observed = _prepare(tokens, quantizer, calibration.sparse)
-    errors = _calibrate(observed, quantizer.observers, calibration, on_batch)
+    done = _feed(observed, calibration, 0, on_batch)
+    seen = {name: (float(one.min_val), float(one.max_val)) for name, one in quantizer.observers.items()}
+    ranges, refined = quantizer.observers, None
+    if refine is not None:
+        ranges, refined = _refine(tokens, scheme, ranges, calibration, refine, on_step)
+        observed = _prepare(tokens, VitQuantizer(scheme, ranges), calibration.sparse)
+    meters = _with_meters(observed, ranges)
+    _feed(observed, calibration, done, on_batch)
 
-    final = VitQuantizer(scheme, quantizer.observers)
+    final = VitQuantizer(scheme, ranges)
     prepared = _prepare(tokens, final, sparse=False)
     if [site.name for site in final.sites] != [site.name for site in quantizer.sites]:
         raise RuntimeError("the graphs of whole images and of some patches differ in their sites")
@@ -257,11 +274,11 @@ def quantize(
         warnings.simplefilter("ignore")
         converted = _without_float_weights(convert_pt2e(prepared))
     data = data_config(model)
-    sites = [_site_report(site, quantizer.observers[site.name], errors[site.name]) for site in quantizer.sites]
+    sites = [_site_report(site, seen[site.name], ranges[site.name], meters[site.name]) for site in quantizer.sites]
     held = [*tokens.vit.parameters(), *tokens.vit.buffers()]
     float_bytes = sum(value.numel() * 4 for value in held)
     network = QuantizedModel(converted, info, data, {})
-    return Quantized(network, info, data, scheme, sites, reports, calibration, float_bytes)
+    return Quantized(network, info, data, scheme, sites, reports, calibration, float_bytes, refined)
 
 
 def load_quantized(path: str | Path) -> QuantizedModel:
@@ -314,7 +331,7 @@ def _open(file: Path) -> Callable[[Tensor], Tensor]:
 
 def _prepare(tokens: TokenModel, quantizer: Any, sparse: bool) -> Any:
     """The exported network with observers in it, of images alone or of images and cells."""
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
     embed = tokens.vit.patch_embed
     N = embed.num_patches
@@ -330,32 +347,48 @@ def _prepare(tokens: TokenModel, quantizer: Any, sparse: bool) -> Any:
         warnings.simplefilter("ignore")
         # Its guards would refuse a single kept patch, for which the traced operations hold as well.
         graph = torch.export.export(tokens, example, dynamic_shapes=shapes).module(check_guards=False)
-        return prepare_pt2e(graph, quantizer)
+        return prepare_qat_pt2e(graph, quantizer) if quantizer.training else prepare_pt2e(graph, quantizer)
 
 
-def _calibrate(
-    prepared: Any,
-    observers: dict[str, Any],
-    calibration: Calibration,
-    on_batch: Callable[[int, int], None] | None,
-) -> dict[str, float]:
-    """Feed all images twice: to the observers, then to meters in their place. Returns errors by site."""
-    done, total = 0, 2 * calibration.images
+def _feed(prepared: Any, calibration: Calibration, done: int, on_batch: Callable[[int, int], None] | None) -> int:
+    """Run all images through `prepared`, for what its observers or meters make of them. Returns how many are done."""
+    with torch.no_grad():
+        for images, cells in calibration.read():
+            prepared(images) if cells is None else prepared(images, cells)
+            done += len(images)
+            if on_batch is not None:
+                on_batch(done, 2 * calibration.images)
+    return done
+
+
+def _with_meters(prepared: Any, observers: dict[str, Any]) -> dict[str, _Meter]:
+    """Put a meter in the place of each observer; by name of the site."""
+    names = {id(observer): name for name, observer in observers.items()}
     meters: dict[str, _Meter] = {}
-    for measures in (False, True):
-        if measures:
-            names = {id(observer): name for name, observer in observers.items()}
-            for place, module in list(prepared.named_children()):
-                if id(module) in names:
-                    meters[names[id(module)]] = meter = _Meter(module)
-                    setattr(prepared, place, meter)
-        with torch.no_grad():
-            for images, cells in calibration.read():
-                prepared(images) if cells is None else prepared(images, cells)
-                done += len(images)
-                if on_batch is not None:
-                    on_batch(done, total)
-    return {name: meter.error for name, meter in meters.items()}
+    for place, module in list(prepared.named_children()):
+        if id(module) in names:
+            meters[names[id(module)]] = meter = _Meter(module)
+            setattr(prepared, place, meter)
+    return meters
+
+
+def _refine(
+    tokens: TokenModel,
+    scheme: Scheme,
+    ranges: dict[str, Any],
+    calibration: Calibration,
+    options: Refinement,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train the weights of `tokens` from these ranges. Returns observers that say the learned ones, and the record."""
+    from smi.quantizer import VitQuantizer, learned_observer
+    from smi.refinement import refine
+
+    quantizer = VitQuantizer(scheme, ranges, training=True)
+    prepared = _prepare(tokens, quantizer, calibration.sparse)
+    found = refine(tokens, prepared, quantizer.learned, calibration, options, on_step)
+    learned = {name: learned_observer(one) for name, one in quantizer.learned.items()}
+    return learned, {"method": "qat", **asdict(options), "divergence": asdict(found)}
 
 
 class _Meter(nn.Module):
@@ -409,7 +442,6 @@ def _without_float_weights(graph: Any) -> Any:
     return graph
 
 
-def _site_report(site: Any, observer: Any, error: float) -> SiteReport:
+def _site_report(site: Any, seen: tuple[float, float], observer: Any, meter: _Meter) -> SiteReport:
     scale, zero_point = observer.calculate_qparams()
-    low, high = float(observer.min_val), float(observer.max_val)
-    return SiteReport(site.name, site.kind, low, high, float(scale), int(zero_point), error)
+    return SiteReport(site.name, site.kind, *seen, float(scale), int(zero_point), meter.error)

@@ -30,7 +30,14 @@ _registry = logging.getLogger("torch.utils._pytree")
 _level = _registry.level
 _registry.setLevel(logging.ERROR)
 try:
-    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e import (
+        FakeQuantize,
+        HistogramObserver,
+        MinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        PerChannelMinMaxObserver,
+    )
+    from torchao.quantization.pt2e.learnable_fake_quantize import LearnableFakeQuantize
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 except ImportError as error:
     raise SmiError(
@@ -135,6 +142,8 @@ class MseObserver(_SearchedObserver):
         return low[best, 0], high[best, 0]
 
 
+# The range of each channel as the weights are at this step, which is what conversion will see of them.
+_TRAINED_WEIGHT = FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0)
 _OBSERVERS: dict[str, Any] = {"minmax": MinMaxObserver, "percentile": PercentileObserver, "mse": MseObserver}
 
 
@@ -144,26 +153,30 @@ class VitQuantizer(Quantizer):
     Args:
         scheme: what to do.
         observers: by name of the site, calibrated elsewhere; taken in place of new ones.
+        training: annotate for ``prepare_qat_pt2e``; `observers`, of all sites, say where the learned steps begin.
 
     Attributes:
         sites: after ``prepare_pt2e``, in order of the graph.
         observers: after ``prepare_pt2e``, by name of the site.
+        learned: after ``prepare_qat_pt2e``, by name of the site, what quantizes it with a step to be learned.
         weights: after ``prepare_pt2e``, names of the quantized weights.
     """
 
-    def __init__(self, scheme: Scheme, observers: dict[str, Any] | None = None) -> None:
+    def __init__(self, scheme: Scheme, observers: dict[str, Any] | None = None, *, training: bool = False) -> None:
         super().__init__()
         self.scheme = scheme
+        self.training = training
         self.sites: list[Site] = []
         self.weights: list[str] = []
         self.observers: dict[str, Any] = dict(observers or {})
+        self.learned: dict[str, Any] = {}
         self._at: dict[Node, Site] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         scheme, top = self.scheme, 2 ** (self.scheme.weights - 1) - 1
         weight = QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
+            observer_or_fake_quant_ctr=_TRAINED_WEIGHT if self.training else PerChannelMinMaxObserver,
             quant_min=-top,
             quant_max=top,
             qscheme=torch.per_channel_symmetric,
@@ -200,8 +213,38 @@ class VitQuantizer(Quantizer):
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]) -> None:
         for node, site in self._at.items():
+            if self.training:
+                begun = _learnable(self.observers[site.name])
+                edge_or_node_to_obs_or_fq[node] = self.learned[site.name] = begun
+                continue
             observer = edge_or_node_to_obs_or_fq[node]
             edge_or_node_to_obs_or_fq[node] = self.observers.setdefault(site.name, observer)
+
+
+def _learnable(observer: Any) -> LearnableFakeQuantize:
+    """Quantizes by the step and zero point of `observer`, and has a gradient for the step."""
+    made = LearnableFakeQuantize(
+        MinMaxObserver,
+        observer.quant_min,
+        observer.quant_max,
+        use_grad_scaling=True,
+        dtype=observer.dtype,
+        qscheme=observer.qscheme,
+    )
+    scale, zero_point = observer.calculate_qparams()
+    made._initialize_or_update_qparams(scale.clone(), zero_point)
+    made.disable_observer()
+    return made
+
+
+def learned_observer(learned: LearnableFakeQuantize) -> MinMaxObserver:
+    """One that says the step and zero point that were learned."""
+    scale, zero_point = learned.calculate_qparams()
+    made = MinMaxObserver(
+        dtype=learned.dtype, qscheme=learned.qscheme, quant_min=learned.quant_min, quant_max=learned.quant_max
+    )
+    made(torch.cat([(end - zero_point) * scale for end in (learned.quant_min, learned.quant_max)]))
+    return made
 
 
 def find_sites(model: GraphModule) -> dict[Node, Site]:
