@@ -1,0 +1,138 @@
+"""The script for one GPU, and the comparison of revisions: parts, times, failures, gates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import smi
+from benchmarks import compare, everything, timing
+from smi.cli import app
+
+CPU = torch.device("cpu")
+PYTHON = [sys.executable, "-c"]
+
+
+# --- everything ---
+
+
+def test_what_fails_or_takes_too_long_stops_nothing(tmp_path: Path) -> None:
+    hello = (("HELLO", "world"),)
+    parts = [
+        everything.Part("good", 0.3, [*PYTHON, "print('one')"]),
+        everything.Part("fails", 0.3, [*PYTHON, "import sys; print('two'); sys.exit(3)"]),
+        # Its child outlives it unless the whole session is ended.
+        everything.Part(
+            "endless", 0.05, [*PYTHON, "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"]
+        ),
+        everything.Part("absent", 0.1, ["no-such-program"], needs="no-such-program"),
+        everything.Part("last", 0.3, [*PYTHON, "import os; print('four', os.environ['HELLO'])"], variables=hello),
+    ]
+    began = time.monotonic()
+    found = everything.run_all(parts, 40.0, tmp_path, CPU)
+    assert time.monotonic() - began < 40
+    statuses = [entry["status"] for entry in found]
+    assert statuses[:2] == ["ok", "failed with exit code 3"] and statuses[2] == "took too long"
+    assert statuses[3:] == ["left out: there is no no-such-program here", "ok"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["parts"] == found and summary["environment"]["gpu"] is None
+    log = (tmp_path / "log.txt").read_text()
+    assert "one" in log and "two" in log and "four world" in log and "===== endless" in log
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "sleep 60" not in left.splitlines()
+
+
+def test_no_part_begins_after_the_time_is_over(tmp_path: Path) -> None:
+    parts = [everything.Part(name, 0.5, [*PYTHON, "import time; time.sleep(9)"]) for name in ("a", "b", "c")]
+    found = everything.run_all(parts, 2.2, tmp_path, CPU)
+    assert [entry["status"] for entry in found][-1] == "left out: no time left"
+    assert sum(entry["seconds"] for entry in found) < 4
+
+
+def test_the_parts_fit_into_the_time_and_say_what_their_programs_understand(tmp_path: Path) -> None:
+    said: dict[tuple[str, ...], set[str]] = {}
+    for on_gpu in (True, False):
+        for quick in (True, False):
+            parts = everything.parts(tmp_path, on_gpu, 522.0, quick)
+            assert sum(part.share for part in parts) <= 1
+            names = [part.name for part in parts]
+            assert names[0] == "correctness" and len(set(names)) == len(names)
+            assert ("racecheck" in names) is not quick
+            for part in parts:
+                command = part.command[part.command.index("-m") + 1 :]
+                program = tuple(command[:2]) if command[0] == "smi.cli" else (command[0],)
+                said.setdefault(program, set()).update(word for word in command if word.startswith("--"))
+                assert all((everything.ROOT / word).exists() for word in command if word.startswith("tests/"))
+    assert len(said) == 7
+    for program, options in said.items():
+        if program[0] == "smi.cli":
+            text = CliRunner().invoke(app, [program[1], "--help"], env={"COLUMNS": "250"}).output
+        elif program[0] != "pytest":
+            command = [sys.executable, "-m", program[0], "--help"]
+            text = subprocess.run(command, cwd=everything.ROOT, capture_output=True, text=True, check=True).stdout
+        else:
+            continue
+        assert not [option for option in options if option not in text], program
+
+
+def test_results_are_written_whole_and_named_after_the_gpu(tmp_path: Path) -> None:
+    record = {"benchmark": "x", "environment": {"gpu": {"name": "NVIDIA H200"}}}
+    path = timing.write_result(tmp_path / "new", "x-embedded:teacher", record)
+    assert path.name == "x-embedded-teacher-nvidia-h200.json" and json.loads(path.read_text()) == record
+    assert timing.write_result(tmp_path, "y", {"environment": {"gpu": None}}).name == "y-cpu.json"
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [path.name]
+
+
+# --- compare ---
+
+
+def test_a_ratio_needs_the_same_result_and_a_difference_beyond_the_spread() -> None:
+    slow, fast = [2.0, 2.1, 2.2, 2.1, 2.0], [1.0, 1.1, 1.0, 1.05, 1.0]
+    found = compare.verdict({"here": slow, "there": fast}, same=True, difference=1e-4)
+    assert found["ratio"] == pytest.approx(2.1) and found["clear"]
+    level = compare.verdict({"here": fast, "there": [1.02, 1.0, 1.1, 0.9, 1.0]}, same=True, difference=0.0)
+    assert level["ratio"] == pytest.approx(1.0) and not level["clear"]
+    row = {"what": "deit", "same_patches": True, "difference": 0.0}
+    assert "~1.000" in compare.line({**row, **level}) and "~" not in compare.line({**row, **found})
+    for same, difference, why in ((False, 0.0, "other patches are kept"), (True, 0.5, "pixels differ by 5.0e-01")):
+        failed = compare.verdict({"here": slow, "there": fast}, same, difference)
+        assert failed["ratio"] is None
+        assert f"no ratio: {why}" in compare.line({**row, **failed, "same_patches": same, "difference": difference})
+
+
+def test_both_sides_compute_and_take_turns() -> None:
+    """This tree against itself, each in a process of its own."""
+    sides = {"here": compare.Side(compare.ROOT), "there": compare.Side(compare.ROOT)}
+    try:
+        row = compare.compared(sides, "teacher", images=1, steps=1, rounds=5)
+    finally:
+        for side in sides.values():
+            side.end()
+    assert row["passed"] and row["same_patches"] and row["difference"] == 0 and row["ratio"] > 0
+
+
+def test_a_side_that_cannot_run_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "smi.py").write_text("raise RuntimeError('broken')")
+    side = compare.Side(tmp_path)
+    with pytest.raises(smi.SmiError, match="cannot run 'teacher'"):
+        side.ask(do="make", what="teacher", images=1, file="x")
+    side.end()
+
+
+def test_an_unknown_revision_is_refused_and_leaves_nothing() -> None:
+    def trees() -> str:
+        command = ["git", "worktree", "list"]
+        return subprocess.run(command, cwd=compare.ROOT, capture_output=True, text=True, check=True).stdout
+
+    before = trees()
+    refused = pytest.raises(smi.SmiError, match="'no-such-revision' is no revision here")
+    with refused, compare.checked_out("no-such-revision"):
+        pytest.fail("it was checked out")
+    assert trees() == before
