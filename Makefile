@@ -22,8 +22,9 @@ demo: $(INSTALLED)  ## invert the built-in network and write a report, in minute
 	$(BIN)/smi invert --preset demo --out demo-pool
 	$(BIN)/smi report demo-pool
 
+# One thread for each process, and no more processes than memory allows: the shapes of tests are small.
 test: $(INSTALLED_DEV)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the README's measured figures from the result files, so that none is ever typed.
+"""Write the measured figures of the README and docs/benchmarks.md from the result files, so that none is ever typed.
 
 python -m benchmarks.readme
 """
@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readme_end_to_end import goals, section
+from benchmarks.page import page
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: made by python -m benchmarks.readme -->", "<!-- end of measured -->"
@@ -27,13 +27,10 @@ def measured() -> str:
     parts = [_speed(record) for record in results("sparse_vs_dense")]
     parts += [_operators(record) for record in results("cpu_operators")]
     parts += [_agreement(record) for record in results("agreement")]
-    runs = results("end_to_end")
-    parts += [section(record, _where(record)) for record in runs]
-    parts.append(goals(runs))
     return "\n\n".join(parts)
 
 
-def _where(record: dict[str, Any]) -> str:
+def where(record: dict[str, Any]) -> str:
     where = record["environment"]
     hardware = where["gpu"]["name"] if where["gpu"] else f"{where['cpu_threads']} cores of {where['cpu']}"
     return f"{hardware}, torch {where['torch']}, commit {where['commit']}"
@@ -44,7 +41,7 @@ def _speed(record: dict[str, Any]) -> str:
     weights = ", random weights" if record["random_weights"] else ""
     lines = [
         f"Sparse against dense: `{record['model']}`{weights}, preset `{record['preset']}` ({record['iterations']} "
-        f"iterations), batch {record['batch_size']}; {_where(record)}; medians of "
+        f"iterations), batch {record['batch_size']}; {where(record)}; medians of "
         f"{record['rounds']['final_phase']} and {record['rounds']['whole_schedule']} interleaved rounds.",
         "",
         "| | patches | final phase, ms/iteration | whole schedule, s | GFLOP/image | teacher agreement |",
@@ -66,7 +63,7 @@ def _speed(record: dict[str, Any]) -> str:
 def _operators(record: dict[str, Any]) -> str:
     lines = [
         f"Compiled operators against plain PyTorch doing the same sparse work: {record['kept']} patches of 224 x 224 "
-        f"pixels, float32; operators {record['operators'].split(',')[0]}; {_where(record)}; medians of "
+        f"pixels, float32; operators {record['operators'].split(',')[0]}; {where(record)}; medians of "
         f"{record['rounds']} interleaved rounds.",
         "",
         "| | PyTorch, ms | compiled, ms | ratio |",
@@ -87,7 +84,7 @@ def _agreement(record: dict[str, Any]) -> str:
     lines = [
         f"Do the images carry the class? {record['images']} images of `{record['model']}` a row and seed, "
         f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}, preset `{record['preset']}`; the judge is an "
-        f"independent network that took no part; {_where(record)}.",
+        f"independent network that took no part; {where(record)}.",
         "",
         "| | teacher agrees | judge agrees, image as is | judge agrees, dropped patches mean | TFLOP |",
         "|---|---|---|---|---|",
@@ -112,6 +109,7 @@ def filled(readme: str) -> str:
 def main() -> None:
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
+    (ROOT / "docs" / "benchmarks.md").write_text(page(results, where))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smi
-from benchmarks import readme, sparse_vs_dense, timing
+from benchmarks import page, readme, sparse_vs_dense, timing
 from smi.embedded import load_teacher
 from smi.flops import count_flops
 
@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_holds_the_figures_of_the_result_files() -> None:
     text = (ROOT / "README.md").read_text()
     assert readme.filled(text) == text, "run python -m benchmarks.readme"
+    made = page.page(readme.results, readme.where)
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == made, "run python -m benchmarks.readme"
     assert readme.results("sparse_vs_dense")
     assert readme.results("agreement")
 
@@ -46,3 +48,41 @@ def test_both_measurements_run_and_report_counts() -> None:
     assert whole["sparse"]["gflop_per_image"] == pytest.approx(counted / 1e9)
     ratio = sparse_vs_dense.ratios(whole, "seconds")["flop_ratio"]
     assert ratio == pytest.approx(9 * count_flops(model, 64) / counted)
+
+
+def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
+    nothing = page.page(lambda _: [], readme.where)
+    assert "at least 2.2x over C16 | not measured" in nothing
+    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "hallucination"):
+        assert f"Not measured: `python -m benchmarks.{module}`." in nothing
+
+    times = {"median": 2e-6, "low": 1e-6, "high": 3e-6}
+    slower = {"median": 8e-6, "low": 7e-6, "high": 9e-6}
+    row = {"operator": "attention", "shape": [2, 3], "calls": 12, "bytes": 4000, "flops": 8000, "passes": True}
+    row |= {"warm": times, "cold": slower, "rivals": {"plain PyTorch": slower, "SDPA math": times}}
+    where = {"gpu": None, "cpu": "a CPU", "cpu_threads": 2, "torch": "2", "commit": "abc"}
+    about = {"model": "deit", "kept": 46, "batch_size": 8, "precision": "fp32", "backend": "cpu", "rounds": 5}
+    record = {**about, "environment": where, "ceilings": {"copy": 1e9, "matmul": 2e9}, "rows": [row]}
+    line = page.operations(record, "here").splitlines()[-1]
+    assert line == "| `attention` | 2x3 | 12 | 2.0 (1.0-3.0) | 8.0 | 2.0 | 4.0 | SDPA math ~1.00x |  |"
+    failed = page.operations({**record, "rows": [{**row, "passes": False}]}, "here").splitlines()[-1]
+    assert "gate failed" in failed and "1.00x" not in failed
+
+    axis = {"rows": [{"kept": 46, "seconds": {"median": 0.01}}], "exponent": None}
+    grown = page.scaling({"precision": "fp32", "environment": where, "axes": {"kept": axis}}, "here")
+    assert "| kept | not fitted | 46: 10.0 |" in grown and "results/scaling-fp32-cpu.png" in grown
+
+    cells = {"W4A4 mse": [{"top1": 0.5}, {"top1": 0.6}], "linear probe": [{"top1": 0.7}, {"top1": 0.7}]}
+    rows = {"real images": {"images": 40, "gflop_per_image": 0.0, "cells": cells}}
+    rows["dense"] = {"images": 40, "gflop_per_image": 2.0, "cells": cells}
+    table = {"rows": rows, "seeds": [1, 2], "limit": 2000, "model": "m", "teacher_top1": 0.8, "preset": "demo"}
+    table |= {"images": 40, "calibrating": 32, "environment": where}
+    cost = {"dense": {"seconds_per_image": 1.5, "peak_bytes": None, "spread": 0.1}}
+    shown = page.truth({**table, "cost": cost}, "here")
+    assert "| dense | 55.0 +- 7.1 |" in shown and "| real images | 70.0 +- 0.0 |" in shown
+    assert "| dense | 40 | 0.1 | 60 | not measured |" in shown and "| real images | 40 | 0 | 0 | 0 |" in shown
+    assert "| dense | 40 | 0.1 | not measured | not measured |" in page.truth({**table, "cost": {}}, "here")
+
+    tests = {"matched": 0.9, "shifted": 0.5, "conflicting": 0.1, "attention_outside": 0.8, "gradient_outside": 0.7}
+    drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "rows": {"dense": [tests]}}
+    assert "| dense | 90.0 | 50.0 | 10.0 | 0.80 | 0.70 |" in page.hallucination(drawn, "here")

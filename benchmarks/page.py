@@ -1,0 +1,191 @@
+"""docs/benchmarks.md: everything that was measured, from the result files, and what was not."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.operations import VENDOR, clear
+from benchmarks.readme_end_to_end import NOT_MEASURED, goals, section
+from benchmarks.table_of_truth import EQUAL_COST, INVERTED, QUANTIZED
+
+Record = dict[str, Any]
+Results = Callable[[str], list[Record]]
+Where = Callable[[Record], str]
+
+
+def page(results: Results, where: Where) -> str:
+    """The whole page.
+
+    Args:
+        results: benchmark -> its records.
+        where: hardware, versions and commit of a record, for people.
+    """
+    runs = results("end_to_end")
+    parts = [
+        "# What was measured",
+        "Made by `python -m benchmarks.readme` from the files in `benchmarks/results/`; the README has the figures of "
+        "everyday use. One command measures all that a GPU can tell, in nine minutes: `python -m benchmarks.everything "
+        "--out FOLDER`.",
+        "## End to end",
+        *[section(record, where(record)) for record in runs],
+        *([] if runs else [_nothing("benchmarks.end_to_end")]),
+        goals(runs),
+        "## Operators",
+        *_all("operations", operations, results, where),
+        "## How cost grows",
+        *_all("scaling", scaling, results, where),
+        "## What images are worth",
+        *_all("table_of_truth", truth, results, where),
+        "## Reliance on backgrounds",
+        *_all("hallucination", hallucination, results, where),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _all(name: str, shown: Callable[[Record, str], str], results: Results, where: Where) -> list[str]:
+    return [shown(record, where(record)) for record in results(name)] or [_nothing(f"benchmarks.{name}")]
+
+
+def _nothing(module: str) -> str:
+    return f"{NOT_MEASURED.capitalize()}: `python -m {module}`."
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def operations(record: Record, where: str) -> str:
+    """Each operator of an iteration beside the fastest of what else computes it, and beside the vendor's product."""
+    rows = []
+    for row in record["rows"]:
+        rivals = {name: times for name, times in row["rivals"].items() if name != VENDOR}
+        best = min(rivals, key=lambda name: rivals[name]["median"], default="")
+        ratios = [_ratio(row["warm"], rivals.get(best), row["passes"]), _ratio(row["warm"], row["rivals"].get(VENDOR), row["passes"])]  # fmt: skip  # noqa: E501
+        seconds = row["warm"]["median"]
+        rows.append(
+            [
+                f"`{row['operator']}`",
+                "x".join(map(str, row["shape"])),
+                str(row["calls"]),
+                f"{1e6 * seconds:.1f} ({1e6 * row['warm']['low']:.1f}-{1e6 * row['warm']['high']:.1f})",
+                f"{1e6 * row['cold']['median']:.1f}",
+                f"{row['bytes'] / seconds / 1e9:.1f}",
+                f"{row['flops'] / seconds / 1e9:.1f}",
+                f"{best} {ratios[0]}" if best else "",
+                ratios[1],
+            ]
+        )
+    copy, matmul = record["ceilings"]["copy"], record["ceilings"]["matmul"]
+    head = (
+        f"`{record['model']}`, {record['kept']} patches, batch {record['batch_size']}, {record['precision']}, backend "
+        f"`{record['backend']}`; {where}; medians of {record['rounds']} rounds (20-80 %). Measured in the same run: "
+        f"copies {copy / 1e9:.1f} GB/s, products {matmul / 1e9:.0f} GFLOP/s. A ratio is over our time, ~ where "
+        "quantiles overlap, and absent where the error gate failed. Cold: nothing of it in a cache."
+    )
+    columns = ["operator", "shape", "calls", "us warm", "us cold", "GB/s", "GFLOP/s", "fastest other", VENDOR]
+    return f"{head}\n\n{_table(columns, rows)}"
+
+
+def _ratio(ours: Record, theirs: Record | None, passes: bool) -> str:
+    if theirs is None or not passes:
+        return "" if theirs is None else "gate failed"
+    return f"{'' if clear(ours, theirs) else '~'}{theirs['median'] / ours['median']:.2f}x"
+
+
+def scaling(record: Record, where: str) -> str:
+    """Milliseconds along each axis, with the fitted exponent."""
+    rows = [
+        [
+            axis,
+            "not fitted" if entry["exponent"] is None else f"{entry['exponent']:.2f}",
+            ", ".join(f"{row[axis]}: {1e3 * row['seconds']['median']:.1f}" for row in entry["rows"]),
+        ]
+        for axis, entry in record["axes"].items()
+    ]
+    head = (
+        f"Width and heads of DeiT-Tiny, {record['precision']}; {where}. Along each axis the rest stays at 46 patches, "
+        "8 images, 12 blocks, 224 pixels; the exponent is fitted to the upper half."
+    )
+    gpu = record["environment"]["gpu"]
+    kind = "cpu" if gpu is None else gpu["name"].lower().replace(" ", "-")
+    picture = f"![cost along each axis](../benchmarks/results/scaling-{record['precision']}-{kind}.png)"
+    return f"{head}\n\n{picture}\n\n{_table(['axis', 'exponent', 'size: ms an iteration'], rows)}"
+
+
+def truth(record: Record, where: str) -> str:
+    """The two tables of Hu et al. in layout: top-1 after quantization, and of students; a row for every source."""
+    seeds = len(record["seeds"])
+    columns = list(next(iter(record["rows"].values()))["cells"])
+    tested = f"{record['limit']:,} of its test images, spread evenly" if record["limit"] else "its test images"
+    head = (
+        f"Top-1 on {tested}; `{record['model']}` ({100 * record['teacher_top1']:.1f} % in float), preset "
+        f"`{record['preset']}`, {record['images']} images a row and seed, {seeds} seed{'s' if seeds > 1 else ''} "
+        f"(mean, +- standard deviation); {where}. Quantized networks were calibrated on {record['calibrating']} "
+        "images, sparse ones on their kept patches alone unless it says whole image (the mean in dropped patches)."
+    )
+    quantized = [c for c in columns if c in QUANTIZED]
+    taught = [c for c in columns if c not in QUANTIZED]
+    parts = [head, _cells(record, quantized), _cells(record, taught), _costs(record)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _cells(record: Record, columns: list[str]) -> str:
+    rows = [
+        [name, *(_share([found["top1"] for found in row["cells"][column]]) for column in columns)]
+        for name, row in record["rows"].items()
+    ]
+    return _table(["images", *columns], rows) if columns else ""
+
+
+def _share(values: list[float]) -> str:
+    spread = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def _costs(record: Record) -> str:
+    rows = []
+    for name, row in record["rows"].items():
+        cost = record["cost"].get("sparse strict" if name == EQUAL_COST else name)
+        inverted = name in INVERTED or name == EQUAL_COST
+        peak = cost and cost["peak_bytes"]
+        rows.append(
+            [
+                name,
+                str(row["images"]),
+                f"{row['gflop_per_image'] * row['images'] / 1e3:.1f}" if inverted else "0",
+                f"{cost['seconds_per_image'] * row['images']:.0f}" if cost else NOT_MEASURED if inverted else "0",
+                f"{peak / 2**20:.0f}" if peak else NOT_MEASURED if inverted else "0",
+            ]
+        )
+    return _table(["images", "number", "TFLOP of inversion", "seconds of inversion", "peak memory, MiB"], rows)
+
+
+def hallucination(record: Record, where: str) -> str:
+    """Students of every kind of images on matched, shifted and conflicting backgrounds."""
+    columns = {
+        "matched": "matched ground",
+        "shifted": "ground at random",
+        "conflicting": "another class's ground",
+        "attention_outside": "attention outside",
+        "gradient_outside": "gradient outside",
+    }
+    seeds = len(record["seeds"])
+    head = (
+        f"Drawn shapes whose background is of their class in {100 * record['matched']:.0f} % of the training images, "
+        f"otherwise of any; {record['images']} images a row and seed, {seeds} seed{'s' if seeds > 1 else ''}; {where}. "
+        "Top-1 of students on three tests, and how much of their attention and gradient lies outside the shape: 1.00 "
+        "is as much as if they looked anywhere alike."
+    )
+    rows = [
+        [name, *(_outside([f[c] for f in found]) if "outside" in c else _share([f[c] for f in found]) for c in columns)]
+        for name, found in [("the teacher itself", [record["teacher"]]), *record["rows"].items()]
+    ]
+    return f"{head}\n\n{_table(['student of', *columns.values()], rows)}"
+
+
+def _outside(values: list[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
