@@ -19,7 +19,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.adapters.timm import SparseModel, frozen_twin, unsupported_reasons
+from smi.adapters.timm import SparseModel, unsupported_reasons
+from smi.adapters.timm_slots import frozen_twin
 from smi.errors import SmiError
 from smi.objectives import Context, Objective
 from smi.state import ModelInfo

@@ -155,7 +155,7 @@ def test_the_experiment_ends_in_one_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(hallucination, "BASE", hallucination.BASE.replace(iterations=81, batch_size=12))
     args = ["--images", 12, "--seeds", 1, "--steps", 2, "--epochs", 1, "--tests", 30]
     command(monkeypatch, hallucination, *args, "--work", tmp_path / "work", "--out", tmp_path)
-    record = json.loads((tmp_path / "hallucination.json").read_text())
+    record = json.loads((tmp_path / "hallucination-cpu.json").read_text())
     assert list(record["rows"]) == ["drawn images", *hallucination.ROWS]
     for (row,) in [*record["rows"].values(), [record["teacher"]]]:
         assert set(row) == {*hallucination.TESTS, "attention_outside", "gradient_outside"}

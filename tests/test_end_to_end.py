@@ -25,19 +25,19 @@ def network() -> Any:
     return model
 
 
-def run(path: Path, minutes: float = 5, **options: Any) -> dict[str, Any]:
+def run(folder: Path, minutes: float = 5, **options: Any) -> dict[str, Any]:
     record = end_to_end.new_record(CPU, random_weights=True, steps=1, rounds=2)
     given: dict[str, Any] = {"implementations": ("SMI", "E32d", "E32s", "ToMe"), "whole": ("SMI",), **options}
     clock = end_to_end.Clock(minutes)
-    end_to_end.measure("tiny", network(), CONFIG, record, path, device=CPU, clock=clock, steps=1, rounds=2, **given)
+    end_to_end.measure("tiny", network(), CONFIG, record, folder, device=CPU, clock=clock, steps=1, rounds=2, **given)
     return record
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("results") / "record.json"
-    found = run(path)
-    assert json.loads(path.read_text()) == found
+    folder = tmp_path_factory.mktemp("results")
+    found = run(folder)
+    assert json.loads((folder / "end_to_end-cpu.json").read_text()) == found
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_whole_schedule_ends_where_the_library_does(record: dict[str, Any]) ->
 
 
 def test_without_time_nothing_begins_and_the_record_says_so(tmp_path: Path) -> None:
-    found = run(tmp_path / "record.json", minutes=0)
+    found = run(tmp_path, minutes=0)
     assert not found["rows"]
     assert [s["reason"] for s in found["skipped"]] == ["no time left"] * 4
     assert "no time left" in readme_end_to_end.section(found, "here")
@@ -82,7 +82,7 @@ def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pyt
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(gate.Reference, "of_baseline", fail)
-    found = run(tmp_path / "record.json", implementations=("SMI", "E32s"), whole=())
+    found = run(tmp_path, implementations=("SMI", "E32s"), whole=())
     assert [r["implementation"] for r in found["rows"]] == ["SMI"]
     assert [s["reason"] for s in found["skipped"]] == ["RuntimeError: no such kernel"]
 

@@ -7,7 +7,6 @@ go on. Everything between and after is timm's own code, which is why every famil
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -20,12 +19,11 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 import smi_kernels
 import smi_kernels.backends
 from smi.adapters.rollout import attention_rollout
+from smi.adapters.timm_slots import AttentionTap, EmbedSlot, GatherSlot, frozen_twin
 from smi.config import ModelRanking, Precision
 from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
@@ -33,54 +31,6 @@ from smi.state import ModelInfo
 _DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
 # Of the logits from timm's own, relative: an order of magnitude above what rounding to so many bits does.
 _DIFFERENCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 0.1}
-
-
-class _EmbedSlot(nn.Module):
-    """In place of timm's patch embedding: embeds only `cells` and lays their tokens out on the grid."""
-
-    def __init__(self, inner: PatchEmbed, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.inner = inner
-        self.grid = grid
-        self.cells: Tensor | None = None
-        self.offsets: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """timm reads geometry (grid_size, num_patches, ...) from this slot."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, images: Tensor) -> Tensor:
-        weight, bias = self.inner.proj.weight, self.inner.proj.bias
-        if self.cells is None:
-            if self.offsets is not None:
-                images = smi_kernels.augment(images, self.offsets)
-            dense: Tensor = self.inner(images.to(weight.dtype))
-            return dense
-        tokens = self.inner.norm(smi_kernels.embed_patches(images, self.cells, self.offsets, weight, bias))
-        B, _, D = tokens.shape
-        rows, columns = self.grid
-        laid_out = tokens.new_zeros(B, rows * columns, D).scatter(1, self.cells[..., None].expand(-1, -1, D), tokens)
-        return laid_out if self.inner.flatten else laid_out.view(B, rows, columns, D)
-
-
-class _GatherSlot(nn.Module):
-    """In place of timm's patch dropout: prefix tokens and the tokens of `cells`, in that order."""
-
-    def __init__(self, num_prefix_tokens: int, with_indices: bool) -> None:
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.with_indices = with_indices
-        self.cells: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        if self.cells is not None:
-            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            kept = patches.gather(1, self.cells[..., None].expand(-1, -1, x.shape[-1]))
-            x = torch.cat((prefix, kept), dim=1)
-        return (x, self.cells) if self.with_indices else x
 
 
 class TokenFeed:
@@ -93,7 +43,7 @@ class TokenFeed:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._before = model.patch_drop
-        self._slot = _GatherSlot(model.num_prefix_tokens, with_indices=isinstance(model, Eva))
+        self._slot = GatherSlot(model.num_prefix_tokens, with_indices=isinstance(model, Eva))
         model.patch_drop = self._slot
 
     @property
@@ -116,29 +66,6 @@ class TokenFeed:
             theirs, ours = (f"{rows} x {columns}" for rows, columns in (model.patch_embed.grid_size, info.grid))
             reasons = [f"its patches lie on a grid of {theirs}, the pool's on {ours}"]
         return reasons
-
-
-class _AttentionTap(TorchFunctionMode):
-    """Sees query and key of every fused attention call, whatever projections, norms and rotations made them.
-
-    Attributes:
-        everything: of all blocks, differentiable, not of the last one alone.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, float]] = []
-        self.everything = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key = args[0], args[1]
-            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-            if not self.everything:
-                query, key = query.detach(), key.detach()
-            self.calls.append((query, key, scale))
-        return func(*args, **kwargs)
 
 
 class SparseModel:
@@ -211,11 +138,11 @@ class SparseModel:
         with torch.no_grad():
             expected = twin(probe.to(network_dtype)).to(self.dtype)
 
-        self._tap = tap = _AttentionTap()
+        self._tap = tap = AttentionTap()
         # Earlier blocks rank nothing. A hook that held this object, and not the tap, would keep both alive.
         twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: None if tap.everything else tap.calls.clear())
-        twin.patch_embed = _EmbedSlot(embed, embed.grid_size)
-        twin.patch_drop = _GatherSlot(prefix, with_indices=isinstance(twin, Eva))
+        twin.patch_embed = EmbedSlot(embed, embed.grid_size)
+        twin.patch_drop = GatherSlot(prefix, with_indices=isinstance(twin, Eva))
         ranking_blocks = twin.blocks if ranking == "attention_rollout" else twin.blocks[-1]
         for module in (ranking_blocks, twin.attn_pool):
             for part in module.modules() if module is not None else ():
@@ -549,13 +476,6 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def frozen_twin(model: nn.Module) -> Any:
-    """A copy of the module tree on the same storage, with no parameter requiring a gradient."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo.update((id(buffer), buffer) for buffer in model.buffers())
-    return copy.deepcopy(model, memo)
 
 
 def _check_finite(model: nn.Module) -> None:
