@@ -38,6 +38,8 @@ def page(results: Results, where: Where) -> str:
         *_all("scaling", scaling, results, where),
         "## What images are worth",
         *_all("table_of_truth", truth, results, where),
+        "## Eight bits on a CPU",
+        *_all("int8", int8, results, where),
         "## Reliance on backgrounds",
         *_all("hallucination", hallucination, results, where),
     ]
@@ -117,14 +119,13 @@ def scaling(record: Record, where: str) -> str:
 
 def truth(record: Record, where: str) -> str:
     """The two tables of Hu et al. in layout: top-1 after quantization, and of students; a row for every source."""
-    seeds = len(record["seeds"])
     columns = list(next(iter(record["rows"].values()))["cells"])
     tested = f"{record['limit']:,} of its test images, spread evenly" if record["limit"] else "its test images"
     head = (
         f"Top-1 on {tested}; `{record['model']}` ({100 * record['teacher_top1']:.1f} % in float), preset "
-        f"`{record['preset']}`, {record['images']} images a row and seed, {seeds} seed{'s' if seeds > 1 else ''} "
-        f"(mean, +- standard deviation); {where}. Quantized networks were calibrated on {record['calibrating']} "
-        "images, sparse ones on their kept patches alone unless it says whole image (the mean in dropped patches)."
+        f"`{record['preset']}`, {record['images']} images a row and seed, {_seeds(record)}; {where}. Quantized networks "
+        f"were calibrated on {record['calibrating']} images, sparse ones on their kept patches alone unless it says whole "
+        "image (the mean in dropped patches)."
     )
     quantized = [c for c in columns if c in QUANTIZED]
     taught = [c for c in columns if c not in QUANTIZED]
@@ -138,6 +139,10 @@ def _cells(record: Record, columns: list[str]) -> str:
         for name, row in record["rows"].items()
     ]
     return _table(["images", *columns], rows) if columns else ""
+
+
+def _seeds(record: Record) -> str:
+    return f"{len(record['seeds'])} seeds (mean +- standard deviation)" if len(record["seeds"]) > 1 else "1 seed"
 
 
 def _share(values: list[float]) -> str:
@@ -163,6 +168,26 @@ def _costs(record: Record) -> str:
     return _table(["images", "number", "TFLOP of inversion", "seconds of inversion", "peak memory, MiB"], rows)
 
 
+def int8(record: Record, where: str) -> str:
+    """Quantized against float, both compiled."""
+    sides, sizes = record["seconds"], record["bytes"]
+    noisy = max(side["spread"] for side in sides.values()) > abs(
+        sides["float32"]["median"] / sides["int8"]["median"] - 1
+    )
+    ratio = f"{'~' if noisy else ''}{record['speed_up']:.2f}x" if record["passed"] else "gate failed"
+    weights = ", random weights" if record["random_weights"] else ""
+    head = (
+        f"`{record['model']}`{weights}, batch {record['batch_size']}, both through inductor with frozen weights; "
+        f"{where}; medians of {record['rounds']} interleaved rounds. Compiled and interpreted integers agree on "
+        f"{100 * record['agreement']:.0f} % of a batch of noise."
+    )
+    rows = [
+        ["float32", f"{1e3 * sides['float32']['median']:.1f}", "", f"{sizes['float32'] / 1e6:.1f}"],
+        ["W8A8", f"{1e3 * sides['int8']['median']:.1f}", ratio, f"{sizes['int8'] / 1e6:.1f}"],
+    ]
+    return f"{head}\n\n{_table(['', 'ms a batch', 'faster', 'MB on disk'], rows)}"
+
+
 def hallucination(record: Record, where: str) -> str:
     """Students of every kind of images on matched, shifted and conflicting backgrounds."""
     columns = {
@@ -172,10 +197,9 @@ def hallucination(record: Record, where: str) -> str:
         "attention_outside": "attention outside",
         "gradient_outside": "gradient outside",
     }
-    seeds = len(record["seeds"])
     head = (
         f"Drawn shapes whose background is of their class in {100 * record['matched']:.0f} % of the training images, "
-        f"otherwise of any; {record['images']} images a row and seed, {seeds} seed{'s' if seeds > 1 else ''}; {where}. "
+        f"otherwise of any; {record['images']} images a row and seed, {_seeds(record)}; {where}. "
         "Top-1 of students on three tests, and how much of their attention and gradient lies outside the shape: 1.00 "
         "is as much as if they looked anywhere alike."
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import page
+from benchmarks.readme_end_to_end import published
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: made by python -m benchmarks.readme -->", "<!-- end of measured -->"
@@ -27,6 +28,11 @@ def measured() -> str:
     parts = [_speed(record) for record in results("sparse_vs_dense")]
     parts += [_operators(record) for record in results("cpu_operators")]
     parts += [_agreement(record) for record in results("agreement")]
+    for record in results("end_to_end"):
+        weights = "random weights" if record["random_weights"] else "published weights"
+        text = " ".join(line for line in published(record) if line)
+        head = f"Against plain PyTorch as others write it ([what each is](docs/benchmarks.md)), {weights}"
+        parts.append(f"{head}; {where(record)}. {text}")
     return "\n\n".join(parts)
 
 

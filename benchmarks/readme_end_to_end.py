@@ -42,7 +42,7 @@ def section(record: dict[str, Any], where: str) -> str:
     ]
     for rows in steady_rows(record).values():
         lines += [_line(row, rows.get(OURS), _whole(record, row)) for row in rows.values()]
-    lines += ["", *_published(record)]
+    lines += ["", *published(record)]
     skipped = [f"{s['model']} batch {s['batch_size']} {s['implementation']}: {s['reason']}" for s in record["skipped"]]
     return "\n".join([*lines, *(["", "Left out: " + "; ".join(skipped) + "."] if skipped else [])])
 
@@ -89,7 +89,7 @@ def _figure(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else form.format(value)
 
 
-def _published(record: dict[str, Any]) -> list[str]:
+def published(record: dict[str, Any]) -> list[str]:
     """Ours in the terms of the papers: whole schedules, sparse over dense."""
     lines = []
     for (model, batch), rows in steady_rows(record).items():

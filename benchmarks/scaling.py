@@ -5,7 +5,7 @@
     python -m benchmarks.scaling --precision bf16 --budget 60
 
 Along each axis everything else stays as it is; the exponent is the slope of log seconds over log size by least squares,
-over the upper half of the sizes, where fixed costs matter least. Writes a JSON file and a plot under --out.
+over the upper half of the sizes, three at least, where fixed costs matter least. Writes a JSON file and a plot.
 """
 
 from __future__ import annotations
@@ -75,10 +75,8 @@ def measure(point: Point, device: torch.device, precision: Any, rounds: int) -> 
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float | None:
-    """Slope of log seconds over log size, of the upper half; None of fewer than two points."""
-    half = len(sizes) // 2
-    if len(sizes) - half < 2:
-        half = 0
+    """Slope of log seconds over log size, of the upper half, three points at least; None of fewer than two."""
+    half = max(0, min(len(sizes) // 2, len(sizes) - 3))
     if len(sizes) < 2:
         return None
     return float(np.polyfit(np.log(sizes[half:]), np.log(seconds[half:]), 1)[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smi
-from benchmarks import page, readme, sparse_vs_dense, timing
+from benchmarks import int8, page, readme, sparse_vs_dense, timing
 from smi.embedded import load_teacher
 from smi.flops import count_flops
 
@@ -53,7 +53,7 @@ def test_both_measurements_run_and_report_counts() -> None:
 def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     nothing = page.page(lambda _: [], readme.where)
     assert "at least 2.2x over C16 | not measured" in nothing
-    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "hallucination"):
+    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "int8", "hallucination"):
         assert f"Not measured: `python -m benchmarks.{module}`." in nothing
 
     times = {"median": 2e-6, "low": 1e-6, "high": 3e-6}
@@ -83,6 +83,23 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     assert "| dense | 40 | 0.1 | 60 | not measured |" in shown and "| real images | 40 | 0 | 0 | 0 |" in shown
     assert "| dense | 40 | 0.1 | not measured | not measured |" in page.truth({**table, "cost": {}}, "here")
 
+    sides = {"float32": {"median": 0.2, "spread": 0.1}, "int8": {"median": 0.1, "spread": 0.1}}
+    bits = {"seconds": sides, "bytes": {"float32": 4e6, "int8": 1e6}, "speed_up": 2.0, "passed": True, "rounds": 3}
+    bits |= {"model": "m", "random_weights": True, "batch_size": 4, "agreement": 1.0}
+    assert "| W8A8 | 100.0 | 2.00x | 1.0 |" in page.int8(bits, "here")
+    sides["int8"]["spread"] = 1.5
+    assert "| ~2.00x |" in page.int8(bits, "here") and "gate failed" in page.int8({**bits, "passed": False}, "here")
+
     tests = {"matched": 0.9, "shifted": 0.5, "conflicting": 0.1, "attention_outside": 0.8, "gradient_outside": 0.7}
     drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "rows": {"dense": [tests]}}
     assert "| dense | 90.0 | 50.0 | 10.0 | 0.80 | 0.70 |" in page.hallucination(drawn, "here")
+
+
+def test_integers_are_timed_against_float_only_where_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(int8, "compiled", lambda network, *_: network)  # inductor takes a minute
+    found = int8.measure(load_teacher(), "teacher", 4, 1)
+    assert found["agreement"] == 1 and found["speed_up"] > 0
+    assert 2.6e6 < found["bytes"]["int8"] < 0.4 * found["bytes"]["float32"]
+    monkeypatch.setattr(int8, "compiled", lambda network, *_: lambda images: -network(images))
+    assert int8.measure(load_teacher(), "teacher", 4, 1)["speed_up"] is None
