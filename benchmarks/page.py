@@ -123,9 +123,9 @@ def truth(record: Record, where: str) -> str:
     tested = f"{record['limit']:,} of its test images, spread evenly" if record["limit"] else "its test images"
     head = (
         f"Top-1 on {tested}; `{record['model']}` ({100 * record['teacher_top1']:.1f} % in float), preset "
-        f"`{record['preset']}`, {record['images']} images a row and seed, {_seeds(record)}; {where}. Quantized networks "
-        f"were calibrated on {record['calibrating']} images, sparse ones on their kept patches alone unless it says whole "
-        "image (the mean in dropped patches)."
+        f"`{record['preset']}`, {record['images']} images a row and seed, {_seeds(record)}; {where}. Quantized "
+        f"networks were calibrated on {record['calibrating']} images, sparse ones on their kept patches alone unless "
+        "it says whole image (the mean in dropped patches)."
     )
     quantized = [c for c in columns if c in QUANTIZED]
     taught = [c for c in columns if c not in QUANTIZED]
@@ -178,8 +178,8 @@ def int8(record: Record, where: str) -> str:
     weights = ", random weights" if record["random_weights"] else ""
     head = (
         f"`{record['model']}`{weights}, batch {record['batch_size']}, both through inductor with frozen weights; "
-        f"{where}; medians of {record['rounds']} interleaved rounds. Compiled and interpreted integers agree on "
-        f"{100 * record['agreement']:.0f} % of a batch of noise."
+        f"{where}; medians of {record['rounds']} interleaved rounds. Of noise, eight bits change the logits by "
+        f"{100 * record['errors']['quantized']:.1f} %, compiling them by {100 * record['errors']['compiled']:.1f} %."
     )
     rows = [
         ["float32", f"{1e3 * sides['float32']['median']:.1f}", "", f"{sizes['float32'] / 1e6:.1f}"],
