@@ -56,16 +56,7 @@ class Workers:
         self._claimed: set[int] = set()
 
     def __enter__(self) -> Workers:
-        with writing(self._folder):
-            while True:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    self._mine.touch()
-                    break
-                except FileNotFoundError:  # another that left took the folder, which was empty, with it
-                    continue
-            me = Worker(self.name, _host(), _process(os.getpid()), self._together, self._now())
-            self._mine.write_text(json.dumps(asdict(me)))
+        me = self._announce()
         self._bury()
         for other in self.others():
             earlier = (other.since, other.name) < (me.since, me.name)
@@ -96,6 +87,19 @@ class Workers:
             if worker is not None and worker.name != self.name and self._lives(worker, file):
                 found.append(worker)
         return found
+
+    def _announce(self) -> Worker:
+        with writing(self._folder):
+            while True:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._mine.touch()
+                    since = self._mine.stat().st_mtime
+                    me = Worker(self.name, _host(), _process(os.getpid()), self._together, since)
+                    self._mine.write_text(json.dumps(asdict(me)))
+                    return me
+                except FileNotFoundError:  # another that left took the folder, which was empty, with it
+                    continue
 
     def _bury(self) -> None:
         """Remove the files of dead runs; nobody holds what they claimed."""
@@ -162,8 +166,11 @@ class Workers:
     def _now(self) -> float:
         """The file system's time."""
         with writing(self._folder):
-            os.utime(self._mine)
-            return self._mine.stat().st_mtime
+            try:
+                os.utime(self._mine)
+                return self._mine.stat().st_mtime
+            except FileNotFoundError:  # this run slept so long that others took it for dead
+                return self._announce().since
 
     def _beat(self) -> None:
         while not self._over.wait(self._patience / 6):

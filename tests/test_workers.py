@@ -188,6 +188,17 @@ def test_a_run_elsewhere_is_dead_when_it_shows_no_life(tmp_path: Path) -> None:
         assert not other.exists(), "the dead leave nothing behind"
 
 
+def test_a_run_that_was_taken_for_dead_announces_itself_again(tmp_path: Path) -> None:
+    with Workers(tmp_path, together=True) as mine:
+        assert mine.take(0)
+        (tmp_path / "workers" / f"{mine.name}.json").unlink()
+        elsewhere = {"name": "0badcafe", "host": "elsewhere", "process": "1@1", "together": True, "since": 0.0}
+        (tmp_path / "workers" / "0badcafe.json").write_text(json.dumps(elsewhere))
+        assert [worker.name for worker in mine.others()] == ["0badcafe"] and mine.holds(0)
+        with Workers(tmp_path, together=True) as third:
+            assert {worker.name for worker in third.others()} == {mine.name, "0badcafe"} and not third.take(0)
+
+
 def test_a_process_of_the_same_number_that_began_later_is_another(tmp_path: Path) -> None:
     with Workers(tmp_path, together=True) as first:
         file = tmp_path / "workers" / f"{first.name}.json"
