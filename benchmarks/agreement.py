@@ -12,14 +12,12 @@ Gaussian noise is what every inversion starts from. Writes one JSON file under b
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import smi
+from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
 from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
@@ -32,15 +30,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "sparse official": {"strategy": "sparse", "semantics": "official"},
     "random strict": {"strategy": "random", "semantics": "strict"},
 }
-
-
-def noise_result(model: smi.SparseModel, like: smi.Result, config: smi.Config) -> smi.Result:
-    """The starting noise of the same images, all patches kept: what no inversion at all gives."""
-    images = normal_images(config.seed, NOISE, like.indices.tolist(), model.info.input_size)
-    with torch.no_grad():
-        logits, _ = model(images.to(model.device))
-    keep = torch.arange(model.info.num_patches).repeat(len(images), 1)
-    return dataclasses.replace(like, images=images, logits=logits.cpu(), keep=keep, phases=[])
 
 
 def measure(model: smi.SparseModel, base: smi.Config, images: int, seeds: range) -> dict[str, Any]:
@@ -57,7 +46,8 @@ def measure(model: smi.SparseModel, base: smi.Config, images: int, seeds: range)
                 result = smi.invert(model, [plan.targets[i] for i in numbers], config, indices=numbers)
                 tally.add(result)
                 if name == "dense":
-                    noise.add(noise_result(model, result, config))
+                    images = normal_images(config.seed, NOISE, numbers, model.info.input_size)
+                    noise.add(as_inverted(images, result.targets, numbers, model, config.iterations))
             found[name].append(tally.summary())
             print(f"seed {seed}: {name} done", flush=True)
             if name == "dense":

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smi
+from benchmarks.agreement import ROWS
+from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
 from smi.pool import atomic_write
 from smi.run import run
@@ -44,12 +45,6 @@ BASE = smi.Config(
     batch_size=60,
     snapshots=0,
 )
-ROWS: dict[str, dict[str, Any]] = {
-    "dense": {"strategy": "dense"},
-    "sparse strict": {"strategy": "sparse"},
-    "sparse official": {"strategy": "sparse", "semantics": "official"},
-    "random strict": {"strategy": "random"},
-}
 
 
 def draw(count: int, seed: int, matched: float, conflicting: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,25 +148,9 @@ def pool(row: str, seed: int, model: smi.SparseModel, images: int, work: Path, m
     for batch in writer.missing:
         numbers = plan.batch(batch)
         chosen = torch.stack([(labels == plan.targets[i]).nonzero()[i // CLASSES, 0] for i in numbers])
-        writer.write(batch, _as_inverted(normalised(pixels[chosen]), labels[chosen], numbers, model))
+        images = normalised(pixels[chosen])
+        writer.write(batch, as_inverted(images, labels[chosen], numbers, model, config.iterations))
     return smi.Pool(folder)
-
-
-@torch.no_grad()
-def _as_inverted(images: Tensor, targets: Tensor, numbers: range, model: smi.SparseModel) -> smi.Result:
-    patches = model.info.num_patches
-    return smi.Result(
-        images=images,
-        keep=torch.arange(patches).repeat(len(images), 1),
-        dropped_at=torch.full((len(images), patches), BASE.iterations, dtype=torch.int32),
-        targets=targets,
-        indices=torch.tensor(numbers),
-        logits=model(images.to(model.device))[0].float().cpu(),
-        losses={},
-        history={},
-        snapshots=torch.zeros(0, 0, *model.info.input_size, dtype=torch.uint8),
-        snapshot_at=[],
-    )
 
 
 def examined(model: VisionTransformer, tests: int) -> dict[str, float]:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import smi
+from benchmarks.agreement import ROWS as INVERTED
+from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, interleaved, write_result
 from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
@@ -37,12 +39,6 @@ from smi.flops import count_flops
 from smi.pool import atomic_write
 from smi.run import run
 
-INVERTED: dict[str, dict[str, Any]] = {
-    "dense": {"strategy": "dense"},
-    "sparse strict": {"strategy": "sparse", "semantics": "strict"},
-    "sparse official": {"strategy": "sparse", "semantics": "official"},
-    "random strict": {"strategy": "random", "semantics": "strict"},
-}
 EQUAL_COST = "sparse strict, at the cost of dense"
 ROWS = ("real images", *INVERTED, EQUAL_COST, "gaussian noise")
 WHOLE = ", whole image"  # of a sparse pool, with the mean in dropped patches; where none are dropped it is the same
@@ -137,20 +133,7 @@ class Bench:
             images = normal_images(seed, NOISE, numbers, info.input_size)
         else:
             images = torch.stack([self._real(target, seed, i) for target, i in zip(targets, numbers, strict=True)])
-        with torch.no_grad():
-            logits, _ = self.model(images.to(self.model.device, self.model.dtype))
-        return smi.Result(
-            images=images,
-            keep=torch.arange(info.num_patches).repeat(len(images), 1),
-            dropped_at=torch.full((len(images), info.num_patches), self.base.iterations, dtype=torch.int32),
-            targets=torch.tensor(targets),
-            indices=torch.tensor(numbers),
-            logits=logits.float().cpu(),
-            losses={},
-            history={},
-            snapshots=torch.zeros(0, 0, *info.input_size, dtype=torch.uint8),
-            snapshot_at=[],
-        )
+        return as_inverted(images, torch.tensor(targets), numbers, self.model, self.base.iterations)
 
     def _real(self, target: int, seed: int, number: int) -> Tensor:
         """A picture of class `target`: another one for every image number and seed."""
