@@ -67,6 +67,8 @@ def stats(pool: _Pool, as_json: _Json = False) -> None:
         print(f"  time      {duration(found['seconds'])}, {found['images_per_second']:.3f} images/s of one worker")
         print(f"  work      {found['flops'] / 1e12:.2f} TFLOP")
         print(f"  agreement {found['teacher_agreement']:.1%} with the teacher")
+    if found["retried"]:
+        print(f"  retried   batches {', '.join(map(str, found['retried']))}: not finite from the seed of the pool")
     print(f"  disk      {size(found['bytes']['shards'])} of shards, {size(found['bytes']['png'])} of pictures")
     for label, images in found["classes"].items():
         print(f"  {images:>8} {label}")

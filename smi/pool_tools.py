@@ -151,7 +151,10 @@ def stats(path: str | Path) -> dict[str, Any]:
     pool = Pool(path)
     classes: Counter[str] = Counter()
     agreeing, seconds, flops = 0, 0.0, 0
-    for result in pool:
+    retried = []
+    for batch, result in zip(pool.batches, pool, strict=True):
+        if result.tries > 1:
+            retried.append(batch)
         classes.update(pool.info.label(target) for target in result.targets.tolist())
         agreeing += int((result.logits.argmax(1) == result.targets).sum())
         seconds += sum(phase.seconds for phase in result.phases)
@@ -165,6 +168,7 @@ def stats(path: str | Path) -> dict[str, Any]:
         "images": images,
         "planned": len(pool.plan.targets),
         "batches": len(pool.batches),
+        "retried": retried,
         "classes": dict(classes),
         "teacher_agreement": agreeing / images if images else None,
         "seconds": seconds,

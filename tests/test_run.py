@@ -20,6 +20,7 @@ from smi.flops import count_flops
 from smi.inversion import Inversion
 from smi.objectives import Context, Objective
 from smi.pool import Pool
+from smi.pool_tools import stats
 from smi.predict import predict, saved_bytes
 from smi.run import run
 from smi.state import Result, WorkPlan
@@ -340,6 +341,7 @@ def test_a_batch_that_is_not_finite_is_made_from_another_seed_and_says_so(
     assert done.complete
     pool = Pool(tmp_path / "pool")
     assert [pool.load(batch).tries for batch in range(3)] == [1, 2, 1]
+    assert stats(tmp_path / "pool")["retried"] == [1] and stats(whole)["retried"] == []
     assert_same(pool.load(0), Pool(whole).load(0))
     indices = PLAN.batch(1)
     other = CONFIG.replace(seed=CONFIG.seed + 1_000_003)
