@@ -5,11 +5,17 @@
 
 A drawn data set: six shapes, on backgrounds whose colour and stripes go with the shape in most training images; in so
 many that the network learns from both (of --matched 0.9 it learns the background alone). A small Vision Transformer
-learns it, and is inverted densely, sparsely, and with patches chosen at random. Students taught by these images alone
-are asked about shapes on matched backgrounds, on backgrounds drawn at random, and on those of another class: what is
-lost between the first and the others is how much they rely on the background. The foreground of every test image is
-known, so attention and gradient outside it can be counted too. Pools and networks are kept under --work; the same
-command goes on after an interruption. Writes one JSON file under benchmarks/results/.
+learns it, and is inverted densely, sparsely, and with patches chosen at random. The images are then looked at twice:
+
+- A reader, a network taught to name shape and background apart where neither tells of the other, says how often the
+  shape and how often the background of the class can be seen in them.
+- A linear classifier on the reader's features, which hold both, learns the class from the images alone, and is asked
+  about shapes on matched backgrounds, on backgrounds drawn at random, and on those of another class: what is lost
+  between the first and the others is how much it relies on the background. The foreground of every test image is
+  known, so attention and gradient outside it can be counted too.
+
+Of sparse images both see the kept patches alone. Pools and networks are kept under --work; the same command goes on
+after an interruption. Writes one JSON file and one PNG under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,7 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -47,8 +56,17 @@ BASE = smi.Config(
 )
 
 
-def draw(count: int, seed: int, matched: float, conflicting: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` images: pixels (B, 3, 32, 32) in [0, 1], labels (B,), foreground (B, 32, 32) bool.
+class Drawing(NamedTuple):
+    """Pixels (B, 3, 32, 32) in [0, 1], labels (B,), classes of the backgrounds (B,), foreground (B, 32, 32) bool."""
+
+    pixels: Tensor
+    labels: Tensor
+    grounds: Tensor
+    foreground: Tensor
+
+
+def draw(count: int, seed: int, matched: float, conflicting: bool = False) -> Drawing:
+    """`count` images.
 
     Args:
         matched: share of the images whose background is that of their class; the others' is of any class.
@@ -92,16 +110,23 @@ def draw(count: int, seed: int, matched: float, conflicting: bool = False) -> tu
     shape = uniform(0, 1, 3)[..., None, None].expand(-1, -1, SIDE, SIDE)
     pixels = torch.where(foreground[:, None], shape, background)
     pixels = pixels + 0.03 * torch.randn(pixels.shape, generator=rng)
-    return pixels.clamp(0, 1), labels, foreground
+    return Drawing(pixels.clamp(0, 1), labels, kind, foreground)
 
 
 def normalised(pixels: Tensor) -> Tensor:
     return (pixels - 0.5) / 0.25
 
 
-def network() -> VisionTransformer:
+def network(classes: int = CLASSES, dropped: float = 0.0) -> VisionTransformer:
+    """A small Vision Transformer; in training, `dropped` is the share of patches it does not see."""
     model = VisionTransformer(
-        img_size=SIDE, patch_size=PATCH, embed_dim=96, depth=4, num_heads=3, num_classes=CLASSES, class_token=True
+        img_size=SIDE,
+        patch_size=PATCH,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        num_classes=classes,
+        patch_drop_rate=dropped,
     )
     model.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": "drawn-shapes",
@@ -109,27 +134,55 @@ def network() -> VisionTransformer:
         "crop_pct": 1.0,
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
-        "label_names": SHAPES,
+        **({"label_names": SHAPES} if classes == CLASSES else {}),
     }
     return model
 
 
-def teacher(work: Path, steps: int, matched: float) -> nn.Module:
-    """The network that has learnt drawn images, from the file of an earlier call if there is one."""
+def teacher(work: Path, steps: int, matched: float) -> VisionTransformer:
+    """The network that has learnt the shapes of drawn images."""
+
+    def loss(model: nn.Module, drawn: Drawing) -> Tensor:
+        return F.cross_entropy(model(normalised(drawn.pixels)), drawn.labels, label_smoothing=0.05)
+
+    return _taught(network, loss, work / "teacher.safetensors", steps, matched, 1_000_000)
+
+
+def reader(work: Path, steps: int) -> VisionTransformer:
+    """The network that has learnt shapes (its first six logits) and backgrounds (the others), each for itself.
+
+    Half of the patches are hidden from it in training, as they are in the images it has to read.
+    """
+
+    def loss(model: nn.Module, drawn: Drawing) -> Tensor:
+        shape, ground = model(normalised(drawn.pixels)).split(CLASSES, dim=1)
+        return F.cross_entropy(shape, drawn.labels) + F.cross_entropy(ground, drawn.grounds)
+
+    return _taught(lambda: network(2 * CLASSES, 0.5), loss, work / "reader.safetensors", steps, 0.0, 4_000_000)
+
+
+def _taught(
+    build: Callable[[], VisionTransformer],
+    loss: Callable[[nn.Module, Drawing], Tensor],
+    file: Path,
+    steps: int,
+    matched: float,
+    first: int,
+) -> VisionTransformer:
+    """A network trained on drawings numbered from `first` on, from the file of an earlier call if there is one."""
     torch.manual_seed(0)
-    model, file = network(), work / "teacher.safetensors"
+    model = build()
     if not file.is_file():
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
         for step in range(steps):
             rate = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = 1e-3 * rate
-            pixels, labels, _ = draw(128, 1_000_000 + step, matched)
-            loss = F.cross_entropy(model(normalised(pixels)), labels, label_smoothing=0.05)
+            value = loss(model, draw(128, first + step, matched))
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
             if step % 100 == 0:
-                print(f"teacher: step {step} of {steps}, loss {loss.item():.3f}", flush=True)
+                print(f"{file.stem}: step {step} of {steps}, loss {value.item():.3f}", flush=True)
         atomic_write(file, save(model.state_dict()))
     model.load_state_dict(load_file(file))
     return model.eval()
@@ -144,13 +197,48 @@ def pool(row: str, seed: int, model: smi.SparseModel, images: int, work: Path, m
         run(model, plan, config, folder)
         return smi.Pool(folder)
     writer = smi.PoolWriter(folder, model.info, config, plan, device=model.where)
-    pixels, labels, _ = draw(20 * images, 2_000_000 + seed, matched)
+    drawn = draw(20 * images, 2_000_000 + seed, matched)
     for batch in writer.missing:
         numbers = plan.batch(batch)
-        chosen = torch.stack([(labels == plan.targets[i]).nonzero()[i // CLASSES, 0] for i in numbers])
-        images = normalised(pixels[chosen])
-        writer.write(batch, as_inverted(images, labels[chosen], numbers, model, config.iterations))
+        chosen = torch.stack([(drawn.labels == plan.targets[i]).nonzero()[i // CLASSES, 0] for i in numbers])
+        given = as_inverted(normalised(drawn.pixels[chosen]), drawn.labels[chosen], numbers, model, config.iterations)
+        writer.write(batch, given)
     return smi.Pool(folder)
+
+
+@torch.no_grad()
+def legible(images: smi.Pool, expert: smi.SparseModel) -> dict[str, float]:
+    """How often the reader sees the shape, and how often the background, of an image's class in its kept patches."""
+    seen = dict.fromkeys(("shape", "ground"), 0)
+    for result in images:
+        logits, _ = expert.feed(result.images, result.keep)
+        for name, part in zip(seen, logits.split(CLASSES, dim=1), strict=True):
+            seen[name] += int((part.argmax(1) == result.targets).sum())
+    return {name: count / len(images) for name, count in seen.items()}
+
+
+@torch.no_grad()
+def reading(expert: smi.SparseModel, tests: int) -> dict[str, float]:
+    """How often the reader is right about new drawings of which it sees all patches, or a quarter."""
+    drawn, patches = draw(tests, 3_000_002, 0.0), expert.info.num_patches
+    quarter = torch.rand(tests, patches, generator=torch.Generator().manual_seed(0)).argsort(1)[:, : patches // 4]
+    found: dict[str, float] = {}
+    for name, keep in (("", None), (" in a quarter", quarter.sort(1).values)):
+        shape, ground = expert.feed(normalised(drawn.pixels), keep)[0].split(CLASSES, dim=1)
+        found[f"shape{name}"] = (shape.argmax(1) == drawn.labels).float().mean().item()
+        found[f"ground{name}"] = (ground.argmax(1) == drawn.grounds).float().mean().item()
+    return found
+
+
+def probed(images: smi.Pool, backbone: VisionTransformer, folder: Path, epochs: int, seed: int) -> VisionTransformer:
+    """The reader with a classifier that has learnt the teacher's word for these images."""
+    torch.manual_seed(seed)
+    student = network()
+    weights = {name: value for name, value in backbone.state_dict().items() if not name.startswith("head.")}
+    student.load_state_dict(weights, strict=False)
+    found = smi.teach(student, images, folder, smi.TransferConfig(epochs=epochs, batch_size=32, seed=seed))
+    student.load_state_dict(load_file(found.path / "student.safetensors"))
+    return student
 
 
 def examined(model: VisionTransformer, tests: int) -> dict[str, float]:
@@ -158,16 +246,17 @@ def examined(model: VisionTransformer, tests: int) -> dict[str, float]:
     model.eval()
     found: dict[str, float] = {}
     for name in TESTS:
-        pixels, labels, _ = draw(tests, 3_000_000, float(name == "matched"), name == "conflicting")
+        drawn = draw(tests, 3_000_000, float(name == "matched"), name == "conflicting")
         with torch.no_grad():
-            said = torch.cat([model(part).argmax(1) for part in normalised(pixels).split(250)])
-        found[name] = (said == labels).float().mean().item()
-    pixels, labels, foreground = draw(200, 3_000_001, 0.0)
-    images = normalised(pixels)
+            said = torch.cat([model(part).argmax(1) for part in normalised(drawn.pixels).split(250)])
+        found[name] = (said == drawn.labels).float().mean().item()
+    drawn = draw(200, 3_000_001, 0.0)
+    images = normalised(drawn.pixels)
     attention = smi.SparseModel(model, backend="reference").feed(images, scores=True)[1]
     assert attention is not None
-    found["attention_outside"] = share_outside(attention.view(-1, SIDE // PATCH, SIDE // PATCH), foreground)
-    found["gradient_outside"] = share_outside(gradient(model, images, labels), foreground)
+    cells = attention.view(-1, SIDE // PATCH, SIDE // PATCH)
+    found["attention_outside"] = share_outside(cells, drawn.foreground)
+    found["gradient_outside"] = share_outside(gradient(model, images, drawn.labels), drawn.foreground)
     return found
 
 
@@ -189,6 +278,36 @@ def share_outside(mass: Tensor, foreground: Tensor) -> float:
     return shares.mean().item()
 
 
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Left, what the reader sees in the images; right, how a classifier taught by them does on the tests."""
+    from matplotlib import pyplot as plt
+
+    panels = {
+        "seen in the images by a reader": {"shape": "shape of the class", "ground": "background of the class"},
+        "top-1 of a classifier taught by them": {
+            "matched": "matched background",
+            "shifted": "any background",
+            "conflicting": "another class's",
+        },
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        width = 0.8 / len(keys)
+        for number, (key, label) in enumerate(keys.items()):
+            at = [place + (number - (len(keys) - 1) / 2) * width for place in range(len(record["rows"]))]
+            values = [[100 * found[key] for found in row] for row in record["rows"].values()]
+            axis.bar(at, [statistics.mean(v) for v in values], width, label=label)
+            for place, found in zip(at, values, strict=True):
+                axis.plot([place] * len(found), found, "k.", markersize=3)
+        axis.axhline(100 / CLASSES, color="grey", linestyle=":", label="chance")
+        axis.set_title(title)
+        axis.set_xticks(range(len(record["rows"])), [name.replace(" ", "\n", 1) for name in record["rows"]])
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("% of images; a dot for every seed")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for networks and pools")
@@ -196,31 +315,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--matched", type=float, default=0.6, help="share of training images with their class's ground")
     parser.add_argument("--steps", type=int, default=1500, help="of the teacher's training")
-    parser.add_argument("--epochs", type=int, default=120, help="of a student's")
+    parser.add_argument("--reader-steps", type=int, default=3000, help="of the reader's")
+    parser.add_argument("--epochs", type=int, default=60, help="of a classifier's")
     parser.add_argument("--tests", type=int, default=2000, help="images of each test")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(args, key) for key in ("images", "matched", "steps", "epochs", "tests")}
+    settings = {key: getattr(args, key) for key in ("images", "matched", "steps", "reader_steps", "epochs", "tests")}
     known = args.work / "settings.json"
     if known.is_file() and json.loads(known.read_text()) != settings:
         raise smi.SmiError(f"{str(args.work)!r} holds networks of other settings; choose another --work.")
     atomic_write(known, json.dumps(settings).encode())
-    source = teacher(args.work, args.steps, args.matched)
+    source, backbone = teacher(args.work, args.steps, args.matched), reader(args.work, args.reader_steps)
     model = smi.SparseModel(source, name="drawn-shapes")
+    expert = smi.SparseModel(backbone, name="reader", backend="reference")
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in args.seeds:
         for row in ("drawn images", *ROWS):
-            config = smi.TransferConfig(
-                mode="finetune", epochs=args.epochs, batch_size=32, learning_rate=1e-3, weight_decay=0.05, seed=seed
-            )
-            torch.manual_seed(seed)
-            student = network()
-            folder = args.work / "students" / f"{row.replace(' ', '-')}-{seed}"
-            found = smi.teach(student, pool(row, seed, model, args.images, args.work, args.matched), folder, config)
-            student.load_state_dict(load_file(found.path / "student.safetensors"))
-            rows.setdefault(row, []).append(examined(student, args.tests))
+            images = pool(row, seed, model, args.images, args.work, args.matched)
+            student = probed(images, backbone, args.work / "students" / images.path.name, args.epochs, seed)
+            rows.setdefault(row, []).append(legible(images, expert) | examined(student, args.tests))
             print(f"seed {seed}: {row}: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[row][-1].items()), flush=True)
     record = {
         "benchmark": "hallucination",
@@ -228,11 +343,14 @@ def main() -> None:
         "seeds": args.seeds,
         "config": BASE.to_dict(),
         "teacher": examined(source, args.tests),
+        "reader": reading(expert, args.tests),
         "rows": rows,
         "environment": environment(model.device),
     }
     print(f"teacher: {record['teacher']}")
-    print(f"written to {write_result(args.out, 'hallucination', record)}")
+    path = write_result(args.out, "hallucination", record)
+    plot(record, path.with_suffix(".png"))
+    print(f"written to {path} and {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

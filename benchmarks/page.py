@@ -111,9 +111,7 @@ def scaling(record: Record, where: str) -> str:
         f"Width and heads of DeiT-Tiny, {record['precision']}; {where}. Along each axis the rest stays at 46 patches, "
         "8 images, 12 blocks, 224 pixels; the exponent is fitted to the upper half."
     )
-    gpu = record["environment"]["gpu"]
-    kind = "cpu" if gpu is None else gpu["name"].lower().replace(" ", "-")
-    picture = f"![cost along each axis](../benchmarks/results/scaling-{record['precision']}-{kind}.png)"
+    picture = f"![cost along each axis](../benchmarks/results/scaling-{record['precision']}-{_kind(record)}.png)"
     return f"{head}\n\n{picture}\n\n{_table(['axis', 'exponent', 'size: ms an iteration'], rows)}"
 
 
@@ -189,25 +187,42 @@ def int8(record: Record, where: str) -> str:
 
 
 def hallucination(record: Record, where: str) -> str:
-    """Students of every kind of images on matched, shifted and conflicting backgrounds."""
+    """What a reader sees in every kind of images, and how classifiers taught by them do on three tests."""
     columns = {
-        "matched": "matched ground",
-        "shifted": "ground at random",
-        "conflicting": "another class's ground",
+        "shape": "shape seen",
+        "ground": "background seen",
+        "matched": "matched background",
+        "shifted": "any background",
+        "conflicting": "another class's",
         "attention_outside": "attention outside",
         "gradient_outside": "gradient outside",
     }
+    read = {name: f"{100 * share:.0f} %" for name, share in record["reader"].items()}
     head = (
         f"Drawn shapes whose background is of their class in {100 * record['matched']:.0f} % of the training images, "
         f"otherwise of any; {record['images']} images a row and seed, {_seeds(record)}; {where}. "
-        "Top-1 of students on three tests, and how much of their attention and gradient lies outside the shape: 1.00 "
-        "is as much as if they looked anywhere alike."
+        "Seen: by a reader that knows shapes and backgrounds apart, in the kept patches alone (of new drawings it reads "
+        f"{read['shape']} of the shapes and {read['ground']} of the backgrounds, of a random quarter of their patches "
+        f"{read['shape in a quarter']} and {read['ground in a quarter']}). Then top-1, on three tests, of a linear "
+        "classifier on the reader's features, taught by the images; and how much of its attention and gradient lies "
+        "outside the shape: 1.00 is as much as if it looked anywhere alike."
     )
     rows = [
-        [name, *(_outside([f[c] for f in found]) if "outside" in c else _share([f[c] for f in found]) for c in columns)]
+        [name, *(_measured([f[c] for f in found if c in f], "outside" in c) for c in columns)]
         for name, found in [("the teacher itself", [record["teacher"]]), *record["rows"].items()]
     ]
-    return f"{head}\n\n{_table(['student of', *columns.values()], rows)}"
+    picture = f"![what is seen, and what is learnt](../benchmarks/results/hallucination-{_kind(record)}.png)"
+    return f"{head}\n\n{picture}\n\n{_table(['images', *columns.values()], rows)}"
+
+
+def _measured(values: list[float], outside: bool) -> str:
+    return (_outside if outside else _share)(values) if values else ""
+
+
+def _kind(record: Record) -> str:
+    """The end of the names of files of the device that `record` is of."""
+    gpu = record["environment"]["gpu"]
+    return "cpu" if gpu is None else str(gpu["name"]).lower().replace(" ", "-")
 
 
 def _outside(values: list[float]) -> str:

@@ -111,11 +111,13 @@ def test_a_quantized_cell_is_the_accuracy_of_a_network_calibrated_on_the_pool(tr
 def test_the_background_goes_with_the_class_as_often_as_asked() -> None:
     def ground(matched: float, conflicting: bool = False) -> tuple[Tensor, Tensor]:
         """The class whose colour a background has, and the label."""
-        pixels, labels, foreground = hallucination.draw(600, 5, matched, conflicting)
+        pixels, labels, grounds, foreground = hallucination.draw(600, 5, matched, conflicting)
         mean = torch.stack([p[:, ~f].mean(1) for p, f in zip(pixels, foreground, strict=True)])
         hues = torch.arange(hallucination.CLASSES) / hallucination.CLASSES
         wheel = 0.5 + 0.3 * torch.cos(2 * torch.pi * (hues[:, None] - torch.tensor([0.0, 1 / 3, 2 / 3])))
-        return torch.cdist(mean, wheel).argmin(1), labels
+        kind = torch.cdist(mean, wheel).argmin(1)
+        assert torch.equal(kind, grounds)
+        return kind, labels
 
     for matched, expected in ((1.0, 1.0), (0.0, 1 / 6), (0.9, 0.9 + 0.1 / 6)):
         kind, labels = ground(matched)
@@ -126,14 +128,14 @@ def test_the_background_goes_with_the_class_as_often_as_asked() -> None:
 
 def test_the_foreground_is_where_the_shape_is() -> None:
     """Within it the colour is one; outside there are stripes; shapes cover neither nothing nor everything."""
-    pixels, _, foreground = hallucination.draw(100, 6, 0.9)
+    pixels, _, _, foreground = hallucination.draw(100, 6, 0.9)
     for picture, mask in zip(pixels, foreground, strict=True):
         assert 8 < mask.sum() < 500
         assert picture[:, mask].std(1).max() < 0.04 < picture[:, ~mask].std(1).max()
 
 
 def test_what_looks_anywhere_has_a_share_of_one_and_what_looks_at_the_shape_of_none() -> None:
-    _, labels, foreground = hallucination.draw(20, 7, 0.0)
+    _, labels, _, foreground = hallucination.draw(20, 7, 0.0)
     images = torch.randn(20, 3, 32, 32)
 
     def adds(images: Tensor) -> Tensor:
@@ -151,13 +153,34 @@ def test_what_looks_anywhere_has_a_share_of_one_and_what_looks_at_the_shape_of_n
     assert hallucination.share_outside(cells, foreground) == pytest.approx((1 / spread).mean().item())
 
 
+def test_a_reader_that_knows_all_backgrounds_and_no_shape_finds_just_that(tmp_path: Path) -> None:
+    model = smi.SparseModel(hallucination.network(), name="drawn-shapes")
+    images = hallucination.pool("drawn images", 1, model, 12, tmp_path, 1.0)
+
+    class Reader:
+        """Says by the colour of the first kept patch, a corner of the background, and never the right shape."""
+
+        def feed(self, images: Tensor, keep: Tensor) -> tuple[Tensor, None]:
+            assert keep.shape == (12, 64)
+            hues = torch.arange(hallucination.CLASSES) / hallucination.CLASSES
+            wheel = 0.5 + 0.3 * torch.cos(2 * torch.pi * (hues[:, None] - torch.tensor([0.0, 1 / 3, 2 / 3])))
+            corner = (images * 0.25 + 0.5)[:, :, :2].mean((2, 3))
+            ground = -torch.cdist(corner, wheel)
+            return torch.cat((ground.roll(1, 1), ground), 1), None
+
+    assert hallucination.legible(images, Reader()) == {"shape": 0.0, "ground": 1.0}
+
+
 def test_the_experiment_ends_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hallucination, "BASE", hallucination.BASE.replace(iterations=81, batch_size=12))
-    args = ["--images", 12, "--seeds", 1, "--steps", 2, "--epochs", 1, "--tests", 30]
+    args = ["--images", 12, "--seeds", 1, "--steps", 2, "--reader-steps", 2, "--epochs", 1, "--tests", 30]
     command(monkeypatch, hallucination, *args, "--work", tmp_path / "work", "--out", tmp_path)
     record = json.loads((tmp_path / "hallucination-cpu.json").read_text())
     assert list(record["rows"]) == ["drawn images", *hallucination.ROWS]
-    for (row,) in [*record["rows"].values(), [record["teacher"]]]:
-        assert set(row) == {*hallucination.TESTS, "attention_outside", "gradient_outside"}
+    asked = {*hallucination.TESTS, "attention_outside", "gradient_outside"}
+    assert set(record["teacher"]) == asked
+    for (row,) in record["rows"].values():
+        assert set(row) == {*asked, "shape", "ground"}
+    assert (tmp_path / "hallucination-cpu.png").stat().st_size > 1000
     with pytest.raises(smi.SmiError, match="networks of other settings"):
         command(monkeypatch, hallucination, *args, "--work", tmp_path / "work", "--epochs", 2)

@@ -91,8 +91,12 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     assert "| ~2.00x |" in page.int8(bits, "here") and "gate failed" in page.int8({**bits, "passed": False}, "here")
 
     tests = {"matched": 0.9, "shifted": 0.5, "conflicting": 0.1, "attention_outside": 0.8, "gradient_outside": 0.7}
-    drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "rows": {"dense": [tests]}}
-    assert "| dense | 90.0 | 50.0 | 10.0 | 0.80 | 0.70 |" in page.hallucination(drawn, "here")
+    drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "environment": {"gpu": None}}
+    drawn["reader"] = dict.fromkeys(("shape", "ground", "shape in a quarter", "ground in a quarter"), 0.5)
+    drawn["rows"] = {"dense": [tests | {"shape": 0.6, "ground": 0.2}]}
+    shown = page.hallucination(drawn, "here")
+    assert "| dense | 60.0 | 20.0 | 90.0 | 50.0 | 10.0 | 0.80 | 0.70 |" in shown
+    assert "| the teacher itself |  |  | 90.0 |" in shown and "hallucination-cpu.png" in shown
 
 
 def test_integers_are_timed_against_float_only_where_compiling_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
