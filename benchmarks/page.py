@@ -201,11 +201,11 @@ def hallucination(record: Record, where: str) -> str:
     head = (
         f"Drawn shapes whose background is of their class in {100 * record['matched']:.0f} % of the training images, "
         f"otherwise of any; {record['images']} images a row and seed, {_seeds(record)}; {where}. "
-        "Seen: by a reader that knows shapes and backgrounds apart, in the kept patches alone (of new drawings it reads "
-        f"{read['shape']} of the shapes and {read['ground']} of the backgrounds, of a random quarter of their patches "
-        f"{read['shape in a quarter']} and {read['ground in a quarter']}). Then top-1, on three tests, of a linear "
-        "classifier on the reader's features, taught by the images; and how much of its attention and gradient lies "
-        "outside the shape: 1.00 is as much as if it looked anywhere alike."
+        "Seen: by a reader that knows shapes and backgrounds apart, in the kept patches alone (of new drawings it "
+        f"reads {read['shape']} of the shapes and {read['ground']} of the backgrounds, of a random quarter of their "
+        f"patches {read['shape in a quarter']} and {read['ground in a quarter']}). Then top-1, on three tests, of a "
+        "linear classifier on the reader's features, taught by the images; and how much of its attention and gradient "
+        "lies outside the shape: 1.00 is as much as if it looked anywhere alike."
     )
     rows = [
         [name, *(_measured([f[c] for f in found if c in f], "outside" in c) for c in columns)]
