@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import smi
-from benchmarks.agreement import ROWS as INVERTED
+from benchmarks.agreement import ROWS as RANKED
 from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, interleaved, write_result
 from smi.adapters.timm import resolve_device
@@ -39,6 +39,7 @@ from smi.flops import count_flops
 from smi.pool import atomic_write
 from smi.run import run
 
+INVERTED: dict[str, dict[str, Any]] = {**RANKED, "rebirth": {"strategy": "rebirth"}}
 EQUAL_COST = "sparse strict, at the cost of dense"
 ROWS = ("real images", *INVERTED, EQUAL_COST, "gaussian noise")
 WHOLE = ", whole image"  # of a sparse pool, with the mean in dropped patches; where none are dropped it is the same
@@ -89,15 +90,15 @@ class Bench:
     def config(self, row: str, seed: int) -> smi.Config:
         return self.base.replace(seed=seed, **INVERTED.get(row, INVERTED["dense"])).resolved()
 
-    def plan(self, images: int) -> smi.WorkPlan:
-        classes = self.model.info.num_classes
-        return smi.WorkPlan.balanced(range(classes), images, self.base.batch_size, classes)
+    def plan(self, images: int, row: str = "dense") -> smi.WorkPlan:
+        classes, repeat = self.model.info.num_classes, self.config(row, 0).images_per_trajectory
+        return smi.WorkPlan.balanced(range(classes), images, self.base.batch_size, classes, repeat=repeat)
 
     def pool(self, row: str, seed: int) -> smi.Pool:
         """The images of a row, made now as far as they are missing."""
         folder = self.work / "pools" / f"{row.replace(' ', '-').replace(',', '')}-{seed}"
         if row in INVERTED:
-            run(self.model, self.plan(self.images), self.config(row, seed), folder, on_batch=_told(row, seed))
+            run(self.model, self.plan(self.images, row), self.config(row, seed), folder, on_batch=_told(row, seed))
         elif row == EQUAL_COST:
             self._enlarge(self.pool("sparse strict", seed), self.config("sparse strict", seed), folder, seed)
         else:
@@ -117,14 +118,15 @@ class Bench:
             writer.write(batch, pool.load(batch))
         run(self.model, plan, config, folder, on_batch=_told(EQUAL_COST, seed))
 
-    def flops(self, row: str) -> int:
-        """Of the inversion of one image, over the whole schedule."""
+    def flops(self, row: str) -> float:
+        """Of the inversion of one image, over the whole schedule; a trajectory's are shared by its images."""
         config = self.config(row, 0)
         stages = [(0, self.model.info.num_patches), *config.schedule(self.model.info.num_patches).items()]
         ends = [start for start, _ in stages[1:]] + [config.iterations]
-        return sum(
+        whole = sum(
             (end - start) * count_flops(self.model, kept) for (start, kept), end in zip(stages, ends, strict=True)
         )
+        return whole / config.images_per_trajectory
 
     def _given(self, row: str, seed: int, plan: smi.WorkPlan, numbers: range) -> smi.Result:
         """A batch of real images or of noise, as if it had been inverted; the teacher says the same of it."""
@@ -227,7 +229,7 @@ def cells(args: argparse.Namespace, bench: Bench) -> dict[str, Callable[[str, in
 
 def same(row: str, column: str) -> str:
     """The column that says the same of a row without dropped patches."""
-    sparse = INVERTED.get(row, {}).get("strategy") in ("sparse", "random") or row == EQUAL_COST
+    sparse = INVERTED.get(row, {}).get("strategy", "dense") != "dense" or row == EQUAL_COST
     return column if sparse else column.removesuffix(WHOLE).removesuffix(AS_IT_IS)
 
 
@@ -242,10 +244,12 @@ def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def cost(bench: Bench, rounds: int) -> dict[str, Any]:
     """Seconds and memory of one batch of every inverted row, in turns."""
-    targets = list(bench.plan(bench.base.batch_size).targets)
     device, peak = bench.model.device, {}
+    # Of the same pixels: every row optimises as many images at once, of which rebirth makes several each.
+    number = {row: bench.base.batch_size * bench.config(row, 0).images_per_trajectory for row in INVERTED}
 
     def invert(row: str) -> None:
+        targets = list(bench.plan(number[row], row).targets)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         smi.invert(bench.model, targets, bench.config(row, 0))
@@ -254,7 +258,7 @@ def cost(bench: Bench, rounds: int) -> dict[str, Any]:
     times = interleaved({row: lambda row=row: invert(row) for row in INVERTED}, rounds=rounds, device=device)
     return {
         row: {
-            "seconds_per_image": times[row]["median"] / len(targets),
+            "seconds_per_image": times[row]["median"] / number[row],
             "spread": times[row]["spread"],
             "peak_bytes": peak[row],
         }
