@@ -209,8 +209,11 @@ def _missing_nvcc() -> list[str]:
 
 
 def main() -> None:
+    from smi_kernels import tuning
+
     for backend in status():
         print(f"{backend.name:<10} {'live' if backend.live else 'not live':<9} {backend.reason}")
+    print(f"tiles of Triton's matrix kernels: {tuning.source()}")
 
 
 if __name__ == "__main__":

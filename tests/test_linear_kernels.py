@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from kernels import DEVICE, Kernels, launched, poisoned, within_budget
 from torch import Tensor
 from torch.nn import functional as F
 
+from smi_kernels import tuning
 from smi_kernels.launch import count_launches
 from smi_kernels.linear import reference
 
@@ -88,6 +90,46 @@ def test_kernels_compute_what_the_references_do(shape: tuple[int, int, int], dty
         else:
             exact_value = truth[name.removesuffix("_low")]
             assert within_budget(value, expected[name], exact_value, FACTOR.get(dtype, 2.0)), name
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_epilogues_of_the_vendors_product_compute_the_same(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    with tuning.forcing(tuning.VENDOR) as asked:
+        test_kernels_compute_what_the_references_do(shape, dtype)
+    assert len(asked) == 6
+    if dtype == torch.float32:
+        tensors = draw(*shape, dtype)
+        with tuning.forcing(tuning.VENDOR), count_launches() as launches:
+            du = kernels.linear_dx(tensors["dy"], tensors["weight2"], dtype)
+        assert launches == [] and torch.equal(du, tensors["dy"] @ tensors["weight2"])
+
+
+@pytest.mark.triton
+def test_a_users_table_chooses_the_tile_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, device = tmp_path / "mine.json", torch.device("cpu")
+    monkeypatch.setenv(tuning.USER_TABLE, str(table))
+    monkeypatch.setattr(tuning, "shapes", tuning.shapes.__wrapped__)  # which remembers what it read
+
+    def tile(M: int, precision: str = "ieee") -> tuning.Tile:
+        return tuning.tile("linear_dx", torch.bfloat16, M, 192, 768, precision, device)
+
+    table.write_text('{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8, 2, true]}}')
+    assert tile(376) == (128, 64, 64, 8, 2, True)
+    assert tile(375).vendor is tile(376, "ieee" + tuning.INVARIANT).vendor is False
+    assert str(table) in tuning.source()
+    for wrong in (
+        '{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8]}}',
+        '{"shapes": {"linear_dx 16-bit 376x192": [128, 64, 64, 8, 2]}}',
+        '{"shapes": {"linear 16-bit 376x192x768": [128, 64, 64, 8, 2]}}',
+        '{"shapes": [1]}',
+        "[]",
+        "{",
+    ):
+        table.write_text(wrong)
+        with pytest.raises(ValueError, match=r"SMI_TUNING names .*mine.json.* benchmarks.tune"):
+            tile(376)
 
 
 def test_references_are_a_norm_two_layers_and_their_gradient() -> None:

@@ -3,6 +3,9 @@
 A program makes a BLOCK_M x BLOCK_N tile of the result in float32 and never splits the sum over K, so its bits do not
 depend on the number of rows unless the tile does; nor is code made for particular numbers of rows. Bytes moved: both
 operands and the result once, plus the epilogue's reads, as far as tiles share them through L2.
+
+Where the tuning table says so, the product comes from the vendor's library instead (`VENDOR`), in the place of the
+left operand, and the kernel is its epilogue alone.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from smi_kernels import tuning
 from smi_kernels.launch import launch
+from smi_kernels.linear.vendor import product
 from smi_kernels.tiles import STAT_CHUNK, chunks, compute_type, dot, row_moments, store_row_statistics
 
 
@@ -33,7 +37,7 @@ def _tile_position(M, OUT, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _product(
-    a_ptr,  # (M, K), contiguous along K
+    a_ptr,  # (M, K), contiguous along K; the product itself, (M, OUT), if VENDOR
     b_ptr,  # element (k, n) at k * b_stride_k + n * b_stride_n
     rows,  # (BLOCK_M,)
     columns,  # (BLOCK_N,)
@@ -43,6 +47,7 @@ def _product(
     a_stride_m,
     b_stride_k,
     b_stride_n,
+    VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -51,20 +56,25 @@ def _product(
     BLOCK_K: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) tile of a @ b. Rows beyond the end repeat the last one, columns are 0; stores mask both."""
-    k = tl.arange(0, BLOCK_K)
-    a_tile = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride_m + k[None, :]
-    b_tile = b_ptr + k[:, None] * b_stride_k + columns.to(tl.int64)[None, :] * b_stride_n
-    product = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_tile)
-            b = tl.load(b_tile, mask=(columns < OUT)[None, :], other=0.0)
-        else:
-            a = tl.load(a_tile, mask=(k < K - start)[None, :], other=0.0)
-            b = tl.load(b_tile, mask=(k < K - start)[:, None] & (columns < OUT)[None, :], other=0.0)
-        product = dot(a, b, product, PRECISION)
-        a_tile += BLOCK_K
-        b_tile += BLOCK_K * b_stride_k
+    if VENDOR:
+        at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < OUT)[None, :]
+        product = tl.load(a_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        a_tile = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride_m + k[None, :]
+        b_tile = b_ptr + k[:, None] * b_stride_k + columns.to(tl.int64)[None, :] * b_stride_n
+        product = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+        for start in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_tile)
+                b = tl.load(b_tile, mask=(columns < OUT)[None, :], other=0.0)
+            else:
+                a = tl.load(a_tile, mask=(k < K - start)[None, :], other=0.0)
+                b = tl.load(b_tile, mask=(k < K - start)[:, None] & (columns < OUT)[None, :], other=0.0)
+            product = dot(a, b, product, PRECISION)
+            a_tile += BLOCK_K
+            b_tile += BLOCK_K * b_stride_k
     return product
 
 
@@ -85,6 +95,7 @@ def norm_linear_kernel(
     x_stride_m,
     stats_stride_m,
     GELU: tl.constexpr,
+    VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -98,7 +109,7 @@ def norm_linear_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     product = _product(
         x_ptr, weight_ptr, rows, columns, M, OUT, D, x_stride_m, 1, D,
-        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mean, rstd = row_moments(stats_ptr, rows, stats_stride_m, M, D, EPS, COMPUTE, CHUNKS)
     if first_column == 0:
@@ -130,6 +141,7 @@ def linear_residual_kernel(
     residual_stride_m,
     stats_stride_m,
     HAS_LOW: tl.constexpr,
+    VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -142,7 +154,7 @@ def linear_residual_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     x = _product(
         a_ptr, weight_ptr, rows, columns, M, D, K, K, 1, K,
-        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     x += tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
@@ -176,7 +188,7 @@ def linear_dx_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     dx = _product(
         dy_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
-        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        False, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
     inside = (rows < M)[:, None] & (columns < D)[None, :]
@@ -196,6 +208,7 @@ def linear_gelu_dx_kernel(
     OUT,
     D,
     dstats_stride_m,
+    VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -208,7 +221,7 @@ def linear_gelu_dx_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     product = _product(
         dy_ptr, weight_ptr, rows, columns, M, OUT, D, D, OUT, 1,
-        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
     inside = (rows < M)[:, None] & (columns < OUT)[None, :]
@@ -254,6 +267,7 @@ def norm_linear_dx_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -266,7 +280,7 @@ def norm_linear_dx_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     wide = _product(
         du_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
-        EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     sums = tl.zeros((BLOCK_M, 2), COMPUTE)
@@ -354,7 +368,7 @@ def _launch_norm_linear(
         "GELU": activation is not None,
         "CHUNKS": triton.next_power_of_2(chunks(D)),
     }
-    _launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype)
+    _launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, ("x_ptr", weight.T))
     return moments
 
 
@@ -383,15 +397,17 @@ def linear_residual(
         "stats_stride_m": stats.stride(0),
         "HAS_LOW": x.dtype != a.dtype,
     }
-    _launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype)
+    _launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype, ("a_ptr", weight.T))
     return x, x_low, stats
 
 
 def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str = "ieee") -> Tensor:
     M, OUT = dy.shape
     D = weight.shape[1]
-    dx = torch.empty(M, D, dtype=out_dtype, device=dy.device)
     tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
+    if tile.vendor:
+        return product(dy, weight, precision, out_dtype)
+    dx = torch.empty(M, D, dtype=out_dtype, device=dy.device)
     args = {
         "dy_ptr": dy.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -425,7 +441,7 @@ def linear_gelu_dx(
         "D": D,
         "dstats_stride_m": dstats.stride(0),
     }
-    _launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype)
+    _launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, ("dy_ptr", weight))
     return du, dstats
 
 
@@ -469,7 +485,7 @@ def norm_linear_dx(
         "HAS_EXTRA": extra is not None,
         "HAS_LOW": dx.dtype != weight.dtype,
     }
-    _launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype)
+    _launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, ("du_ptr", weight))
     return dx, dx_low
 
 
@@ -482,14 +498,22 @@ def _launch_tiles(
     K: int,
     precision: str,
     compute: torch.dtype,
+    factors: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Launch one program for each tile of an (M, N) result whose sums run over K."""
+    """Launch one program for each tile of an (M, N) result whose sums run over K.
+
+    `factors` are the name of the left operand and the right one as (K, N), of a kernel that takes their product too.
+    """
+    if factors is not None:
+        left, right = factors
+        made = {left: product(args[left], right, precision)} if tile.vendor and M else {}
+        args = {**args, **made, "VENDOR": tile.vendor}
     launch(
         kernel,
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),),
         {
             **args,
-            "EVEN_K": K % tile.k == 0,
+            "EVEN_K": tile.vendor or K % tile.k == 0,
             "PRECISION": tuning.dot_precision(precision),
             "COMPUTE": compute_type(compute),
             "BLOCK_M": tile.m,

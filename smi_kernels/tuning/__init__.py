@@ -1,31 +1,47 @@
-"""Which tile a matrix kernel works with: shipped tables, one for each family of GPUs, read once.
+"""Which tile a matrix kernel works with, and where the vendor's library makes the product instead: tables, read once.
 
 A table has, for each operation and arithmetic, tiles from large to small. A shape that was measured has its own entry;
-any other takes the largest tile that still gives every multiprocessor work, else the smallest. `default.json` says by
-its ``measured`` field whether any of it was timed.
+any other takes the largest tile that still gives every multiprocessor work, else the smallest. `default.json` is for
+every GPU and says by its ``measured`` field whether any of it was timed; ``sm_90.json`` and the like, where they are
+shipped, have the shapes measured on GPUs of that compute capability, and the file that `SMI_TUNING` names, if it is
+set, those of the user. ``python -m benchmarks.tune`` makes such files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 INVARIANT = "+invariant"
+USER_TABLE = "SMI_TUNING"
 _MULTIPROCESSORS = 132  # of the GPU that recorded launches are meant for
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a tile, warps of a program, and stages its loads are pipelined over."""
+    """Rows, columns and depth of a tile, warps of a program, and stages its loads are pipelined over.
+
+    With `vendor` the product comes from the vendor's library (cuBLAS), in float32, and the kernel does the rest.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    vendor: bool = False
+
+
+VENDOR = Tile(64, 64, 64, 4, 1, vendor=True)
+_forced: ContextVar[tuple[Tile, list[str]] | None] = ContextVar("forced", default=None)
 
 
 def tile(operation: str, dtype: torch.dtype, M: int, N: int, K: int, precision: str, device: torch.device) -> Tile:
@@ -35,15 +51,30 @@ def tile(operation: str, dtype: torch.dtype, M: int, N: int, K: int, precision: 
     depend on the batch it is in.
     """
     arithmetic = "16-bit" if dtype.itemsize == 2 else dot_precision(precision)
+    shape = f"{operation} {arithmetic} {M}x{N}x{K}"
+    if (forced := _forced.get()) is not None:
+        forced[1].append(shape)
+        return forced[0]
     table = _table()
-    measured = table["shapes"].get(f"{operation} {arithmetic} {M}x{N}x{K}")
     candidates = [Tile(*entry) for entry in table[arithmetic][operation]]
     if precision.endswith(INVARIANT):
         return candidates[-1]
+    measured = shapes(_capability(device)).get(shape)
     if measured is not None:
-        return Tile(*measured)
+        return measured
     programs = _multiprocessors(device)
     return next((t for t in candidates if -(-M // t.m) * -(-N // t.n) >= programs), candidates[-1])
+
+
+@contextlib.contextmanager
+def forcing(tile: Tile) -> Iterator[list[str]]:
+    """Within this context every matrix kernel takes `tile`; yields the shapes that ask for one, as tables name them."""
+    asked: list[str] = []
+    token = _forced.set((tile, asked))
+    try:
+        yield asked
+    finally:
+        _forced.reset(token)
 
 
 def dot_precision(precision: str) -> str:
@@ -59,10 +90,57 @@ def candidates() -> dict[tuple[str, str], list[Tile]]:
         for arithmetic in ("16-bit", "tf32", "ieee")
         for operation, entries in table[arithmetic].items()
     }
-    for name, entry in table["shapes"].items():
-        operation, arithmetic, _ = name.split()
-        found[arithmetic, operation].append(Tile(*entry))
-    return found
+    for capability in _shipped():
+        for name, entry in _read(capability)["shapes"].items():
+            operation, arithmetic, _ = name.split()
+            found[arithmetic, operation].append(Tile(*entry))
+    return {key: list(dict.fromkeys(tiles)) for key, tiles in found.items()}
+
+
+@functools.cache
+def shapes(capability: int | None) -> Mapping[str, Tile]:
+    """Shapes that were measured on GPUs of this compute capability (times 10), and the user's, which come first.
+
+    Raises:
+        ValueError: the user's table cannot be read, or is none.
+    """
+    found = {} if capability not in _shipped() else _read(capability)["shapes"]
+    if file := os.environ.get(USER_TABLE):
+        found = found | _user_shapes(Path(file))
+    return {name: Tile(*entry) for name, entry in found.items()}
+
+
+def _user_shapes(file: Path) -> dict[str, list[Any]]:
+    mend = f"set {USER_TABLE} to a file that `python -m benchmarks.tune` made, or to nothing."
+    try:
+        found = json.loads(file.read_text())["shapes"]
+        for name, entry in found.items():
+            operation, arithmetic, shape = name.split()
+            known = operation in _table()[arithmetic] and [int(n) > 0 for n in shape.split("x")] == [True] * 3
+            sizes = all(type(n) is int and n > 0 for n in entry[:5])
+            if not (known and sizes and 5 <= len(entry) <= 6 and (len(entry) == 5 or type(entry[5]) is bool)):
+                raise ValueError(f"entry {name!r}: {entry}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{USER_TABLE} names {str(file)!r}, which is no table of tiles ({error!r}); {mend}") from error
+    return dict(found)
+
+
+def source() -> str:
+    """Where tiles come from, for people."""
+    measured = [f"sm_{capability} measured on {_read(capability)['measured']}" for capability in _shipped()]
+    user = [f"shapes of {os.environ[USER_TABLE]}"] if os.environ.get(USER_TABLE) else []
+    return ", ".join([*user, *measured, "rules of thumb that were not measured"])
+
+
+@functools.cache
+def _shipped() -> tuple[int, ...]:
+    names = (file.name for file in resources.files(__package__).iterdir())
+    return tuple(sorted(int(n.removeprefix("sm_").removesuffix(".json")) for n in names if n.startswith("sm_")))
+
+
+@functools.cache
+def _read(capability: int | None) -> dict[str, Any]:
+    return dict(json.loads((resources.files(__package__) / f"sm_{capability}.json").read_text()))
 
 
 @functools.cache
@@ -75,3 +153,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
