@@ -13,6 +13,7 @@ from test_cli import Call, call  # noqa: F401
 from torch import Tensor
 
 import smi
+from smi import quantization
 from smi.adapters.timm import SparseModel, weights_hash
 from smi.calibration import Calibration, from_noise
 from smi.errors import SmiError
@@ -75,6 +76,24 @@ def test_it_stays_an_ordinary_quantized_network(
     record = json.loads((tmp_path / "q/quantization.json").read_text())["refinement"]
     assert (record["method"], record["steps"], record["learning_rate"]) == ("qat", 60, 3e-3)
     assert record["divergence"]["held_out"] == list(refined.refinement["divergence"]["held_out"])  # type: ignore[index]
+
+
+def test_its_onnx_file_says_the_same(
+    calibration: Calibration, refined: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operator by operator, since onnxruntime's integer kernels round otherwise; the learned steps are in the file."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(quantization, "AGREEMENT", 0.0)  # random weights put images between classes
+    refined.save(tmp_path / "q", onnx=True)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "q/model.onnx").graph.node}
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(tmp_path / "q/model.onnx", options, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        here = refined.model(calibration.held_out)
+    there = torch.from_numpy(session.run(None, {"images": calibration.held_out.numpy()})[0])
+    assert ((there - here).abs().amax(1) < 1e-4).float().mean() > 0.9
 
 
 def test_the_seed_decides_and_the_callers_model_stays(model: Any, calibration: Calibration) -> None:
