@@ -38,6 +38,8 @@ def page(results: Results, where: Where) -> str:
         *_all("scaling", scaling, results, where),
         "## What images are worth",
         *_all("table_of_truth", truth, results, where),
+        "## Do rankings find the patches that matter?",
+        *_all("rankings", rankings, results, where),
         "## Eight bits on a CPU",
         *_all("int8", int8, results, where),
         "## Reliance on backgrounds",
@@ -164,6 +166,30 @@ def _costs(record: Record) -> str:
             ]
         )
     return _table(["images", "number", "TFLOP of inversion", "seconds of inversion", "peak memory, MiB"], rows)
+
+
+def rankings(record: Record, where: str) -> str:
+    """What the patches that a ranking puts first or last still tell, against patches drawn at random."""
+    columns = [
+        (name, who, place)
+        for name, entry in record["sets"].items()
+        for who in ("judge" if "judge" in entry["told"]["random"] else "model",)
+        for place in range(len(record["kept"]))
+    ]
+    head = (
+        f"`{record['model']}`; {where}. Percent of images whose class so many of {record['patches']} patches tell, "
+        "chosen once out of the whole image: of real images by the model itself, of inverted ones by a judge that took "
+        f"no part. Random is the mean of {record['draws']} draws. "
+        + "; ".join(f"{name}: {entry['images']}" for name, entry in record["sets"].items())
+        + "."
+    )
+    chosen = next(iter(record["sets"].values()))["told"]
+    rows = [
+        [choice, *(f"{100 * record['sets'][n]['told'][choice][who][place]:.0f}" for n, who, place in columns)]
+        for choice in chosen
+    ]
+    titles = [f"{name}: {record['kept'][place]}" for name, _, place in columns]
+    return f"{head}\n\n{_table(['kept', *titles], rows)}"
 
 
 def int8(record: Record, where: str) -> str:

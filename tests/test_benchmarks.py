@@ -53,7 +53,7 @@ def test_both_measurements_run_and_report_counts() -> None:
 def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     nothing = page.page(lambda _: [], readme.where)
     assert "at least 2.2x over C16 | not measured" in nothing
-    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "int8", "hallucination"):
+    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "int8", "hallucination", "rankings"):
         assert f"Not measured: `python -m benchmarks.{module}`." in nothing
 
     times = {"median": 2e-6, "low": 1e-6, "high": 3e-6}
@@ -89,6 +89,12 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     assert "| W8A8 | 100.0 | 2.00x | 1.0 |" in page.int8(bits, "here")
     sides["int8"]["spread"] = 1.5
     assert "| ~2.00x |" in page.int8(bits, "here") and "gate failed" in page.int8({**bits, "passed": False}, "here")
+
+    told = {"random": {"model": [0.75], "judge": [0.25]}, "x, last": {"model": [0.5], "judge": [0.125]}}
+    real = {"images": 9, "told": {choice: {"model": by["model"]} for choice, by in told.items()}}
+    ranked = {"model": "m", "patches": 64, "kept": [16], "draws": 3}
+    shown = page.rankings({**ranked, "sets": {"real": real, "dense": {"images": 7, "told": told}}}, "here")
+    assert "| kept | real: 16 | dense: 16 |" in shown and "| x, last | 50 | 12 |" in shown
 
     tests = {"matched": 0.9, "shifted": 0.5, "conflicting": 0.1, "attention_outside": 0.8, "gradient_outside": 0.7}
     drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "environment": {"gpu": None}}
