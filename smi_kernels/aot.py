@@ -2,8 +2,8 @@
 
     python -m smi_kernels.aot --out resources.json
 
-Exits with 1, naming the kernels, where registers spill, shared memory exceeds the GPU's, or a 16-bit matrix product
-does not run on the matrix units.
+Exits with 1, naming the kernels, where registers spill, shared memory exceeds the GPU's, a 16-bit matrix product does
+not run on the matrix units, or, with `SMI_PDL=1`, a kernel touches memory before it has waited for the one before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels import tuning
-from smi_kernels.launch import Launch, record_launches
+from smi_kernels.launch import DEPENDENT_LAUNCH, Launch, record_launches
 
 # Most bytes of shared memory that one program can have, by compute capability: CUDA C++ Programming Guide, table of
 # technical specifications.
@@ -85,6 +85,8 @@ class Resources:
         matrix: matrix instructions by name: HMMA, HGMMA, UTCMMA, DMMA.
         wide: 16-byte instructions by name: LDG, STG, LDGSTS.
         narrow: LDG, STG and LDGSTS of fewer bytes.
+        early: instructions that touch global memory before the kernel has waited for the one in front of it; None where
+            it was not compiled for dependent launch.
         products16: rows of the 16-bit matrix products in the source; empty if there are none.
     """
 
@@ -98,6 +100,7 @@ class Resources:
     matrix: dict[str, int]
     wide: dict[str, int]
     narrow: dict[str, int]
+    early: int | None
     products16: tuple[int, ...]
 
     def faults(self) -> list[str]:
@@ -107,6 +110,8 @@ class Resources:
             found.append(f"spills: {self.spills} instructions on {self.stack} bytes of local memory")
         if self.shared > SHARED_MEMORY[self.capability]:
             found.append(f"needs {self.shared} bytes of shared memory of {SHARED_MEMORY[self.capability]}")
+        if self.early:
+            found.append(f"{self.early} memory instructions before it waits for the kernel in front of it")
         # Hopper's warp-group products have 64 rows; smaller tiles run on the units that Ampere has too.
         unit = "HGMMA" if self.capability == 90 and max(self.products16, default=0) >= 64 else ""
         if self.products16 and not any(unit in name for name in self.matrix):
@@ -169,6 +174,8 @@ def _compile(wanted: Specialization, capability: int) -> Resources:
         usage, code = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
     words = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
     memory = [word for word in words if re.match(r"(LDG|STG|LDGSTS)\b", word)]
+    waits = words.index("ACQBULK") if "ACQBULK" in words else len(words)
+    early = [word for word in words[:waits] if re.match(r"(LD|ST|LDG|STG|LDGSTS|ATOM\w*|RED\w*|UTMA\w+)\b", word)]
     products = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:b?f16)> \*", compiled.asm["ttir"])
     return Resources(
         kernel=wanted.kernel.__name__,
@@ -181,6 +188,7 @@ def _compile(wanted: Specialization, capability: int) -> Resources:
         matrix=_count(_first(r"^(\w+)", word) for word in words if re.match(r"\w*MMA\b", word)),
         wide=_count(word.split(".")[0] for word in memory if ".128" in word),
         narrow=_count(word.split(".")[0] for word in memory if ".128" not in word),
+        early=len(early) if dict(wanted.options).get("launch_pdl") else None,
         products16=tuple(sorted({int(rows) for rows in products})),
     )
 
@@ -281,7 +289,7 @@ def _run(w: Workload) -> None:
 def shipped_launches(few: bool = False) -> list[Launch]:
     """One launch of everything that Triton would compile for `WORKLOADS`, or for for the first few."""
     with record_launches() as launches:
-        for workload in WORKLOADS[: _FEW if few else None]:
+        for workload in WORKLOADS[: (1 if DEPENDENT_LAUNCH else _FEW) if few else None]:
             _run(workload)
         for workload in _WITH_VENDOR:
             with tuning.forcing(tuning.VENDOR):
@@ -368,7 +376,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled; unset it.")
     launches = [launch for launch in shipped_launches(options.few) if options.kernel in launch.name]
-    rows = compile_all(launches, options.capability or sorted(SHARED_MEMORY), options.jobs)
+    capabilities = [c for c in options.capability or sorted(SHARED_MEMORY) if c >= 90 or not DEPENDENT_LAUNCH]
+    rows = compile_all(launches, capabilities, options.jobs)
     print(_table(rows))
     if options.out:
         options.out.write_text(

@@ -153,8 +153,10 @@ def _not_for(device: torch.device) -> list[str]:
         here = f"tensors on {device.type} are not for GPU kernels, unless TRITON_INTERPRET=1 interprets them"
         return [here, *_without_gpu()]
     major, minor = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and (major, minor) < (8, 0):
-        return [f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"]
+    dependent = os.environ.get("SMI_PDL") == "1"
+    if torch.version.hip is None and (major, minor) < ((9, 0) if dependent else (8, 0)):
+        needed = "9.0 with SMI_PDL=1 set" if dependent else "8.0"
+        return [f"the GPU has compute capability {major}.{minor}; the kernels need {needed}"]
     return []
 
 
@@ -214,6 +216,8 @@ def main() -> None:
     for backend in status():
         print(f"{backend.name:<10} {'live' if backend.live else 'not live':<9} {backend.reason}")
     print(f"tiles of Triton's matrix kernels: {tuning.source()}")
+    dependent = os.environ.get("SMI_PDL") == "1"
+    print(f"dependent launch of Triton kernels: {'on' if dependent else 'off, SMI_PDL=1 has it on'}")
 
 
 if __name__ == "__main__":

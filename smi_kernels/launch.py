@@ -2,11 +2,15 @@
 
 A recorded launch does not run: launchers given tensors on the meta device then say what they would launch, which is how
 kernels are compiled ahead of time for GPUs that are not there.
+
+With `SMI_PDL=1` in the environment kernels are launched as programmatic dependents (CUDA C++ Programming Guide,
+"Programmatic Dependent Launch"; compute capability 9.0): the next one is set up while this one runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -14,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+DEPENDENT_LAUNCH = os.environ.get("SMI_PDL") == "1"
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Launch:
         kernel: the `triton.jit` function.
         grid: numbers of programs along each axis.
         args: arguments by name: tensors, numbers, compile-time constants.
-        options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``, ``maxnreg``.
+        options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``, ``maxnreg``, ``launch_pdl``.
         compiled: what Triton made of it for this GPU; None if it was interpreted or did not run.
     """
 
@@ -64,6 +70,8 @@ def launch(
         raise ValueError(f"{kernel.__name__} needs a grid of {grid} programs; CUDA allows at most (2^31 - 1, 65535).")
     # Whether a product and a sum are rounded once or twice is part of the bits, and Triton's default will change.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if DEPENDENT_LAUNCH:
+        options["launch_pdl"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers
     for seen, runs in _observed.get():

@@ -15,8 +15,23 @@ import torch
 import triton
 import triton.language as tl
 
+from smi_kernels.launch import DEPENDENT_LAUNCH
+
 STAT_CHUNK = tl.constexpr(64)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_DEPENDENT = tl.constexpr(DEPENDENT_LAUNCH and not _INTERPRETED.value)
+
+
+@triton.jit
+def wait_for_previous():
+    """What every kernel does first: under dependent launch it may have been started before the one before it ended.
+
+    Nothing is read or written earlier, so that all kernels before it in the stream have done their work: each waited
+    likewise. The next one may then be started, and waits here while this one works.
+    """
+    if _DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

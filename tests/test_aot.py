@@ -87,6 +87,7 @@ GOOD = Resources(
     matrix={"HGMMA": 4},
     wide={},
     narrow={},
+    early=None,
     products16=(64,),
 )
 
@@ -104,6 +105,8 @@ GOOD = Resources(
         ({"matrix": {"HMMA": 4}, "products16": (16,)}, None),
         ({"matrix": {}, "products16": (16,)}, "without matrix"),
         ({"matrix": {}, "products16": ()}, None),
+        ({"early": 0}, None),
+        ({"early": 2}, "before it waits"),
     ],
 )
 def test_faults(changes: dict[str, object], fault: str | None) -> None:
@@ -144,6 +147,21 @@ def test_everything_shipped_compiles_without_faults(tmp_path: Path) -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("smi_kernels/*/*.py"))
     assert {row["kernel"] for row in rows} == set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
     assert {row["capability"] for row in rows} == {80, 90, 100}
+
+
+def test_kernels_launched_as_dependents_wait_before_they_touch_memory(tmp_path: Path) -> None:
+    pytest.importorskip("triton._C.libtriton")
+    out = tmp_path / "resources.json"
+    command = [sys.executable, "-m", "smi_kernels.aot", "--few", "--capability", "90", "--out", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "SMI_PDL": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert {row["early"] for row in rows} == {0}
+    sources = "".join(path.read_text() for path in ROOT.glob("smi_kernels/*/*.py"))
+    kernels = re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE)
+    assert len(kernels) == len(re.findall(r"^    wait_for_previous\(\)$", sources, flags=re.MULTILINE))
+    assert {row["kernel"] for row in rows} <= set(kernels) and len({row["kernel"] for row in rows}) > 15
 
 
 def test_an_interpreted_process_refuses_to_compile() -> None:

@@ -255,7 +255,8 @@ def test_backends_command_prints_a_row_each() -> None:
     plain = {**os.environ, "TRITON_INTERPRET": "0"}
     cuda_live = torch.cuda.is_available() and not native_cuda.reasons_against()
     said = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout.splitlines()
-    *rows, tiles = said
+    *rows, tiles, dependent = said
+    assert dependent.startswith("dependent launch of Triton kernels: off")
     assert tiles.startswith("tiles of Triton's matrix kernels: ")
     assert [row.split()[0] for row in rows] == ["reference", "triton", "cpu", "cuda"]
     assert [" not live " in row for row in rows] == [False, True, bool(native.reasons_against()), not cuda_live]

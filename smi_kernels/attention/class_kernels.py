@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smi_kernels.attention.rows import load_rows, normed, pairs, store_gradient, store_rows
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type
+from smi_kernels.tiles import compute_type, wait_for_previous
 
 _REGISTERS = 168  # The assembler's own choice spills for the sake of a fourth or fifth program.
 
@@ -53,6 +53,7 @@ def class_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_previous()
     image = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     part = H * D
@@ -105,6 +106,7 @@ def class_attention_dx_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_previous()
     image = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     part = H * D

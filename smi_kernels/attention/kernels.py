@@ -19,7 +19,7 @@ from smi_kernels.attention.class_kernels import class_attention, class_attention
 from smi_kernels.attention.row import attention_row
 from smi_kernels.attention.rows import load_keys, load_rows, load_transposed, normed, pairs, store_gradient, store_rows
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type, dot
+from smi_kernels.tiles import compute_type, dot, wait_for_previous
 
 __all__ = ["attention", "attention_dx", "attention_row", "class_attention", "class_attention_dx"]
 
@@ -48,6 +48,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_previous()
     blocks = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks % H
@@ -100,6 +101,7 @@ def attention_dx_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_previous()
     pid = tl.program_id(0)
     head = pid % H
     first_row = (pid // H).to(tl.int64) * N
@@ -169,6 +171,7 @@ def attention_long_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_previous()
     pid = tl.program_id(0)
     head = pid % H
     first_row = (pid // H).to(tl.int64) * N

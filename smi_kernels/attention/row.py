@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smi_kernels.class_row import class_row, class_row_args
 from smi_kernels.launch import launch
+from smi_kernels.tiles import wait_for_previous
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def attention_row_kernel(
     WHOLE_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_previous()
     image = tl.program_id(0)
     row = class_row(
         query_ptr, key_ptr, norm_ptr, image, SCALE, EPS, N, H, D, query_stride_b, query_stride_h, query_stride_d,

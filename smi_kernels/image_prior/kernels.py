@@ -19,7 +19,7 @@ from smi_kernels.image_prior.stencil import (
     store_coefficients,
 )
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type
+from smi_kernels.tiles import compute_type, wait_for_previous
 
 _ROWS = 16  # of a tile
 
@@ -34,6 +34,7 @@ def prior_sums_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    wait_for_previous()
     plane = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((4,), COMPUTE)
     magnitudes = tl.zeros((4,), COMPUTE)
@@ -61,6 +62,7 @@ def prior_sums_dx_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    wait_for_previous()
     tiles = tl.cdiv(H, BLOCK_H)
     plane = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * BLOCK_H
@@ -92,6 +94,7 @@ def prior_coefficients_kernel(
     H,
     W,
 ):
+    wait_for_previous()
     g = tl.program_id(0)
     store_coefficients(sums_ptr, values_ptr + g * 3, coefficients_ptr, tv1, tv2, l2, g, group, B, C, H, W)
 

@@ -20,7 +20,15 @@ from torch import Tensor
 from smi_kernels import tuning
 from smi_kernels.launch import launch
 from smi_kernels.linear.vendor import product
-from smi_kernels.tiles import STAT_CHUNK, chunks, compute_type, dot, row_moments, store_row_statistics
+from smi_kernels.tiles import (
+    STAT_CHUNK,
+    chunks,
+    compute_type,
+    dot,
+    row_moments,
+    store_row_statistics,
+    wait_for_previous,
+)
 
 
 @triton.jit
@@ -104,6 +112,7 @@ def norm_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -149,6 +158,7 @@ def linear_residual_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -183,6 +193,7 @@ def linear_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -216,6 +227,7 @@ def linear_gelu_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -275,6 +287,7 @@ def norm_linear_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)

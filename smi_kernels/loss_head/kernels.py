@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type
+from smi_kernels.tiles import compute_type, wait_for_previous
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def cross_entropy_head_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_previous()
     image = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)

@@ -15,7 +15,7 @@ from smi_kernels import tuning
 from smi_kernels.launch import launch
 from smi_kernels.patch_embed.addressing import load_offsets, patch_cell, pixel_slot, source_pixel, wrap
 from smi_kernels.patch_embed.reference import slot_table
-from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics
+from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,6 +49,7 @@ def embed_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     tiles_n = tl.cdiv(D, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(0) % tiles_n * BLOCK_N
@@ -123,6 +124,7 @@ def embed_tokens_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     tiles_n = tl.cdiv(PIXELS, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,6 +167,7 @@ def patches_to_pixels_kernel(
     PATCH_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     blocks = tl.cdiv(H * W, BLOCK)
     b = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -26,7 +26,7 @@ from smi_kernels.image_prior.stencil import (
 from smi_kernels.launch import launch
 from smi_kernels.patch_embed.addressing import load_offsets, modulo, whole_patches
 from smi_kernels.pixel_update.traffic import TILE_ROWS
-from smi_kernels.tiles import compute_type
+from smi_kernels.tiles import compute_type, wait_for_previous
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def begin_step_kernel(
     values_stride_t,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     g = tl.program_id(0)
     step = tl.load(step_ptr)
     row = tl.minimum(tl.maximum(step, 0), HISTORY - 1)
@@ -132,6 +133,7 @@ def pixel_step_kernel(
     BLOCK_W: tl.constexpr,
     SUMS_W: tl.constexpr,
 ):
+    wait_for_previous()
     PATCH: tl.constexpr = PATCH_H * PATCH_W
     tiles = tl.cdiv(H, BLOCK_H)
     plane = tl.program_id(0) // tiles
@@ -219,6 +221,7 @@ def finish_prior_sums_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    wait_for_previous()
     plane = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(H, TILE_H)
     direction = tl.arange(0, 4)
@@ -263,6 +266,7 @@ def adam_clamp_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     blocks = tl.cdiv(PIXELS, BLOCK)
     plane = tl.program_id(0) // blocks
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smi_kernels.class_row import class_row, class_row_args
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type
+from smi_kernels.tiles import compute_type, wait_for_previous
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def select_tokens_kernel(
     COMPUTE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     image = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     scores = tl.load(scores_ptr + image * scores_stride_b + k * scores_stride_k, mask=k < K, other=0.0).to(COMPUTE)
@@ -106,6 +107,7 @@ def rank_tokens_kernel(
     WHOLE_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_previous()
     image = tl.program_id(0)
     row = class_row(
         query_ptr, key_ptr, norm_ptr, image, SCALE, EPS, N, H, D, query_stride_b, query_stride_h, query_stride_d,
