@@ -95,9 +95,10 @@ def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> No
     assert reference.gate("SMI", model).passed
     found = reference.gate("SMI", smi.SparseModel(other))
     assert not found.passed and "expected at least 0.9999" in found.reason
-    assert not gate.judged(float("nan"), None, "bf16").passed
-    assert not gate.judged(1.0, 0.5, "bf16").passed
-    assert gate.judged(0.9995, 0.96, "bf16").passed and not gate.judged(0.9995, 0.96, "fp32").passed
+    nan = float("nan")
+    assert not any(gate.judged(found, None, "bf16").passed for found in ([nan], [1.0, nan], [nan, 1.0], [1.0, 0.99]))
+    assert not gate.judged([1.0], 0.5, "bf16").passed and not gate.judged([1.0], nan, "bf16").passed
+    assert gate.judged([0.9995, 1.0], 0.96, "bf16").passed and not gate.judged([0.9995], 0.96, "fp32").passed
 
 
 def test_shared_patches_by_hand() -> None:
