@@ -11,7 +11,8 @@ import torch
 from small import one_thread, tiny  # noqa: F401
 
 import smi
-from benchmarks import end_to_end, gate, readme_end_to_end
+import smi_kernels.descent
+from benchmarks import end_to_end, gate, implementations, readme_end_to_end
 from benchmarks import end_to_end_rows as rows
 from benchmarks.implementations import begin, random_weights
 
@@ -53,6 +54,37 @@ def test_every_implementation_passes_its_gate_and_has_a_row(record: dict[str, An
     assert all(row["launches"] is None and row["memory"] is None for row in found.values())
 
 
+def test_on_a_gpu_what_is_timed_of_ours_is_replayed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for graphs: captures and iterations that the host launches fall outside of all timed stretches."""
+    monkeypatch.setattr(implementations, "WARM", implementations.WARM_ON_GPU)
+    model = smi.SparseModel(network())
+    start = begin(network(), model.info, CONFIG, CPU)
+    made = implementations.Implementation("SMI", network(), model, start, steps=24, rounds=2)
+    stretches: list[list[str]] = [[]]
+    monkeypatch.setattr(made, "wait", lambda: stretches.append([]))  # before and after each
+    descent = made._run._descent
+
+    class Graph:
+        def __init__(self, body: Any, device: torch.device) -> None:
+            stretches[-1].append("capture")
+            self.replay = body
+
+    iterate = descent._iterate
+
+    def told(iterations: int) -> None:
+        stretches[-1].append("replay" if iterations == 8 else "launched")
+        iterate(iterations)
+
+    monkeypatch.setattr(smi_kernels.descent, "Graph", Graph)
+    monkeypatch.setattr(descent, "_iterate", told)
+    descent.in_graphs = True
+    rows.phases(made, gate.judged([1.0], 1.0, "bf16"), steps=24)
+    rows.steady({"SMI": made}, 24, 2, CPU, end_to_end.Clock(5))
+    timed, between = stretches[1::2], stretches[::2]
+    assert timed == [["replay"] * 3] * 6  # four phases and two rounds
+    assert between == [["launched", "capture", "replay"], *[["launched", "launched", "capture", "replay"]] * 3, [], [], []]
+
+
 def test_a_composed_schedule_adds_up_its_phases(record: dict[str, Any]) -> None:
     row = rows.steady_rows(record)["tiny", 3]["SMI"]
     early = [3 * p["seconds_per_iteration"] for p in row["phases"][:3]]
@@ -79,12 +111,12 @@ def test_without_time_nothing_begins_and_the_record_says_so(tmp_path: Path) -> N
 
 def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("no such kernel\nand more")
+        raise LookupError("no such kernel\nand more")  # Triton's errors are no RuntimeErrors either
 
     monkeypatch.setattr(gate.Reference, "of_baseline", fail)
     found = run(tmp_path, implementations=("SMI", "E32s"), whole=())
     assert [r["implementation"] for r in found["rows"]] == ["SMI"]
-    assert [s["reason"] for s in found["skipped"]] == ["RuntimeError: no such kernel"]
+    assert [s["reason"] for s in found["skipped"]] == ["LookupError: no such kernel"]
 
 
 def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> None:
