@@ -50,6 +50,13 @@ def begin(network: Any, info: smi.ModelInfo, config: smi.Config, device: torch.d
     }
 
 
+def advance(inversion: smi.Inversion, iterations: int) -> None:
+    """So many, several at once where graphs allow it, as `Inversion.run` does and `Inversion.step` cannot."""
+    target = inversion.iteration + iterations
+    while inversion.iteration < target:
+        inversion._advance(min(inversion._stride(), target - inversion.iteration))
+
+
 class Implementation:
     """One way to invert one batch.
 
@@ -112,9 +119,7 @@ class Implementation:
     def advance(self, iterations: int) -> None:
         """So many, as a user's run does them; the host does not wait for more than it would there."""
         if self.name == OURS:
-            target = self._run.iteration + iterations
-            while self._run.iteration < target:  # several at once where graphs allow, as `Inversion.run` does
-                self._run._advance(min(self._run._stride(), target - self._run.iteration))
+            advance(self._run, iterations)
             return
         for _ in range(iterations):
             self._run.step()
