@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -111,6 +112,26 @@ def test_other_networks_see_the_filled_image_in_their_own_normalisation(pool: Pa
         [0.5, 0.6, 0.7]
     ).view(-1, 1, 1)
     torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_however_it_ends_the_student_is_fed_and_trainable_as_it_came(pool: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number, (model, complaint, more) in enumerate(
+        (
+            (student(), None, {}),
+            (student(), KeyboardInterrupt, {"progress": stop}),
+            (tiny(num_classes=4), smi.SmiError, {}),
+            (tiny(num_classes=CLASSES, in_chans=1), smi.SmiError, {}),
+        )
+    ):
+        before = model.patch_drop
+        model.cls_token.requires_grad_(False)
+        with pytest.raises(complaint) if complaint else contextlib.nullcontext():
+            teach(model, pool, tmp_path / str(number), TransferConfig(epochs=1, tokens="kept"), **more)
+        assert model.patch_drop is before
+        assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["cls_token"]
 
 
 # --- what is learnt ---
