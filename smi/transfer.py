@@ -31,6 +31,7 @@ from smi.errors import SmiError, did_you_mean
 from smi.lessons import Lessons, Live, Stored, Synthesis
 from smi.pool import Pool, atomic_write, writing
 from smi.state import ModelInfo
+from smi.workers import Workers
 
 Mode = Literal["probe", "finetune"]
 Tokens = Literal["auto", "kept", "all"]
@@ -145,17 +146,18 @@ def teach(
 
     Raises:
         SmiError: classes that differ from the teacher's, an input size that does not fit, a pool with too few images,
-            a folder that holds another run.
+            a folder that holds another run, or a `smi.Synthesis` where another run is at work on the same folder.
     """
     config, device = config or TransferConfig(), resolve_device(device)
     out = Path(out)
     source: Stored | Live
+    alone: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if isinstance(images, Synthesis):
-        source = Live(images, out / "pool", config.fill, config.epochs)
+        source, alone = Live(images, out / "pool", config.fill, config.epochs), Workers(out / "pool")
     else:
         source = Stored(images, config.fill, config.holdout, config.seed)
     student.to(device)
-    with _feeding(student, source.info, config, device) as feed:
+    with _feeding(student, source.info, config, device) as feed, alone:
         identity = _identity(source, config, name or type(student).__name__, student, feed.fed)
         optimizer = _optimizer(_trained(student, config), config)
         curve = _resume(out, identity, student, optimizer)

@@ -254,6 +254,20 @@ def test_synthesis_interrupted_within_a_batch_goes_on_bit_for_bit(tmp_path: Path
         teach(student(), synthesis(tv2=0.5), tmp_path / "parts", config)
 
 
+def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    config, refused = TransferConfig(epochs=1, batch_size=4), []
+
+    def second(batch: int, loop: smi.Inversion) -> None:
+        if (batch, loop.iteration) == (1, 3):
+            with pytest.raises(smi.SmiError, match=r"another run is at work on .*pool.*Wait for it or stop it"):
+                teach(student(), synthesis(), tmp_path, config)
+            refused.append(batch)
+
+    teach(student(), replace(synthesis(), on_iteration=second), tmp_path, config)
+    assert refused == [1] and Pool(tmp_path / "pool").complete and not (tmp_path / "pool" / "workers").exists()
+    teach(student(), synthesis(), tmp_path, config)
+
+
 def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
     MEANWHILE.save(tmp_path / "inversion.yaml")
     args = [
