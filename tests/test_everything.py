@@ -124,11 +124,14 @@ def test_a_ratio_needs_the_same_result_and_a_difference_beyond_the_spread() -> N
     assert found["ratio"] == pytest.approx(2.1) and found["clear"]
     level = compare.verdict({"here": fast, "there": [1.02, 1.0, 1.1, 0.9, 1.0]}, same=True, difference=0.0)
     assert level["ratio"] == pytest.approx(1.0) and not level["clear"]
+    assert (
+        compare.fails(found, above=2.0) and not compare.fails(found, above=2.2) and not compare.fails(level, above=0.5)
+    )
     row = {"what": "deit", "same_patches": True, "difference": 0.0}
     assert "~1.000" in compare.line({**row, **level}) and "~" not in compare.line({**row, **found})
     for same, difference, why in ((False, 0.0, "other patches are kept"), (True, 0.5, "pixels differ by 5.0e-01")):
         failed = compare.verdict({"here": slow, "there": fast}, same, difference)
-        assert failed["ratio"] is None
+        assert failed["ratio"] is None and compare.fails(failed, above=9.0)
         assert f"no ratio: {why}" in compare.line({**row, **failed, "same_patches": same, "difference": difference})
 
 
