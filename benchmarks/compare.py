@@ -179,7 +179,7 @@ def verdict(seconds: dict[str, list[float]], same: bool, difference: float) -> d
 
 
 def fails(row: dict[str, Any], above: float) -> bool:
-    """Whether this tree clearly takes more than `above` times as long, or computes something else, so that none can say."""
+    """Whether this tree clearly takes more than `above` times as long, or computes something else."""
     return not row["passed"] or (row["clear"] and row["ratio"] > above)
 
 

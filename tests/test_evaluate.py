@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 import smi
 from smi import embedded
+from smi.calibration import from_noise
 from smi.errors import SmiError
 from smi.evaluation import compiled, data_config, data_transform, evaluate_together, open_dataset
 
@@ -106,6 +107,25 @@ def test_two_models_take_turns_and_are_counted_apart() -> None:
         evaluate_together([(right, data), (right, numbers([0, 1, 2, 3, 5], [0] * 5, [1] * 5))])
     with pytest.raises(SmiError, match=r"have \[5, 2\] images; expected the same"):
         evaluate_together([(right, data), (right, numbers([0, 1], [0] * 2, [1] * 2))])
+
+
+def test_a_quantized_network_compiles_to_integer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what inductor is about to write as C++: a oneDNN call for every linear layer and the embedding."""
+    made: list[str] = []
+
+    def enough(graph: Any) -> None:
+        made.extend(type(operation).__name__ for operation in graph.operations)
+        raise RuntimeError("enough was seen")  # the compiler that would come next takes most of the time
+
+    monkeypatch.setattr("torch._inductor.graph.GraphLowering.codegen", enough)
+    network = tiny(depth=2)
+    noise = from_noise(smi.SparseModel(network, backend="reference").info, images=8)
+    for model, integer in ((smi.quantize(network, noise).model, True), (network, False)):
+        made.clear()
+        with pytest.raises(SmiError, match="enough was seen"):
+            compiled(model, 4, (3, 16, 16))
+        assert made.count("QLinearPointwisePT2E") == (4 * 2 + 1 if integer else 0)
+        assert made.count("QConvPointWisePT2E") == (1 if integer else 0)
 
 
 # --- data sets ---
