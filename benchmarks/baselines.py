@@ -177,9 +177,7 @@ class Baseline:
         config = self.config
         if self.recipe.compiled:
             self._moments = torch.zeros_like(self.images), torch.zeros_like(self.images)
-            self._objective: Callable[..., tuple[Tensor, Tensor]] = _compiled(
-                self._objective_of, compiler, self.in_graph
-            )
+            self._objective: Callable[..., tuple[Tensor, Tensor]] = _compiled(self._objective_of, compiler, tune)
             self._update: Callable[..., None] = _compiled(_adam_clamp_, compiler, tune)
         else:
             self._objective = self._objective_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gate import OURS, Gate
-from benchmarks.implementations import WARM, Implementation
+from benchmarks.implementations import Implementation
 from benchmarks.timing import gpu_state
 from smi.errors import SmiError
 from smi.flops import count_flops
@@ -32,8 +32,10 @@ def phases(made: Implementation, gate: Gate, steps: int) -> dict[str, Any]:
         "gate": gate.to_dict(),
         "phases": [],
     }
-    for fed, iterations in made.phases or [(None, 0)]:
-        made.advance(WARM)
+    for number, (fed, iterations) in enumerate(made.phases or [(None, 0)]):
+        if number:
+            made.advance(1)  # by itself, for the ranking
+        made.advance(made.warm)
         if made.fed != fed:
             raise SmiError(f"{made.name} feeds {made.fed} patches where the schedule says {fed}.")
         made.wait()
@@ -119,7 +121,7 @@ def whole(made: Implementation, device: torch.device, clock: Any) -> dict[str, A
         if clock.over:
             reason = f"time ran out at iteration {made.iteration} of {iterations}"
             return {"implementation": made.name, "phase": "whole", "reason": reason}
-        made.advance(min(50, iterations - made.iteration))
+        made.advance(min(64, iterations - made.iteration))
         made.wait()
     seconds = time.perf_counter() - began
     return {

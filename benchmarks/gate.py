@@ -44,9 +44,10 @@ class Gate:
         return {**asdict(self), "passed": self.passed}
 
 
-def judged(cosine: float, overlap: float | None, arithmetic: str) -> Gate:
-    """The verdict on these figures; NaN fails."""
+def judged(cosines: list[float], overlap: float | None, arithmetic: str) -> Gate:
+    """The verdict on the worst of these figures; NaN, wherever it stands, fails."""
     least, least_overlap = LEAST[arithmetic]
+    cosine = torch.tensor(cosines, dtype=torch.float64).amin().item()  # Python's min passes a NaN over
     reasons = []
     if not cosine >= least:
         reasons.append(f"cosine of the gradient {cosine:.4f}, expected at least {least}")
@@ -99,7 +100,7 @@ class Reference:
             moved = [self._way(name, graphs) for graphs in (False, True)]
             cosines.append(cosine(*moved))
         if run.recipe.dense:
-            return judged(min(cosines), None, arithmetic)
+            return judged(cosines, None, arithmetic)
         run.step()
         run.step()
         overlap = shared(run.keep, self.keep)
@@ -107,7 +108,7 @@ class Reference:
         with torch.no_grad():
             run.images.copy_(self.images)
         cosines.append(cosine(run.gradient(), self.sparse))
-        return judged(min(cosines), overlap, arithmetic)
+        return judged(cosines, overlap, arithmetic)
 
     def _way(self, name: str, graphs: bool) -> Tensor:
         """What all steps together add to the images."""
@@ -133,7 +134,7 @@ class Reference:
             cosines.append(cosine(torch.autograd.grad(loss, leaf)[0], expected))
         inversion.step()
         inversion.step()
-        return judged(min(cosines), shared(inversion.keep, self.keep), arithmetic)
+        return judged(cosines, shared(inversion.keep, self.keep), arithmetic)
 
     def of_peer(self, name: str) -> Gate:
         """Its gradient in the arithmetic that is timed against its own in float64, nothing left out."""
@@ -141,7 +142,7 @@ class Reference:
         given = (self.start["images"], self.start["targets"])
         rough = Peer(name, self.network, *given, kept=patches).gradient()
         wide = Peer(name, copy.deepcopy(self.network).double(), given[0].double(), given[1], kept=patches, exact=True)
-        return judged(cosine(rough, wide.gradient()), None, "bf16")
+        return judged([cosine(rough, wide.gradient())], None, "bf16")
 
     def gate(self, name: str, model: smi.SparseModel) -> Gate:
         """The verdict on an implementation by name."""

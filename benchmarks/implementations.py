@@ -15,7 +15,9 @@ from benchmarks.baselines_timm import PEERS, Peer
 from benchmarks.gate import OURS
 from smi.augment import NOISE, draw_offsets, normal_images
 
-WARM = 5  # iterations of a phase that are not timed: they compile, allocate and capture
+# Iterations of a phase that are not timed. They compile and allocate; and on a GPU they capture: ours after the first
+# one, as soon as the eight of one graph lie ahead.
+WARM, WARM_ON_GPU = 5, 9
 _SPARE = 100  # iterations beyond those of phases and rounds, for memory and launches
 
 
@@ -48,6 +50,13 @@ def begin(network: Any, info: smi.ModelInfo, config: smi.Config, device: torch.d
     }
 
 
+def advance(inversion: smi.Inversion, iterations: int) -> None:
+    """So many, several at once where graphs allow it, as `Inversion.run` does and `Inversion.step` cannot."""
+    target = inversion.iteration + iterations
+    while inversion.iteration < target:
+        inversion._advance(min(inversion._stride(), target - inversion.iteration))
+
+
 class Implementation:
     """One way to invert one batch.
 
@@ -56,7 +65,8 @@ class Implementation:
         network: on the CPU.
         model: ours.
         start: of `begin`.
-        steps: iterations of a round, and of each phase, to whose end its pruning is moved; 0 leaves the schedule.
+        steps: iterations of a round, and of each phase, to whose end its pruning is moved, with one more in between,
+            which ranks; 0 leaves the schedule.
         rounds: of the steady phase, for which there have to be iterations.
 
     Attributes:
@@ -64,6 +74,7 @@ class Implementation:
         config: with the moved schedule.
         phases: (patches fed, iterations of the schedule as given), in order; none of a peer, which has no schedule.
         graph: whether steps run as CUDA graphs.
+        warm: iterations of a phase before those that are timed.
         weight_bytes: of one copy of its weights in its own arithmetic.
     """
 
@@ -78,8 +89,9 @@ class Implementation:
         schedule = config.schedule(patches)
         lengths = zip([patches, *schedule.values()], [0, *schedule], [*schedule, config.iterations], strict=True)
         self.phases = [] if name in PEERS else [(fed, end - begun) for fed, begun, end in lengths]
+        self.warm = WARM_ON_GPU if self.device.type == "cuda" else WARM
         if steps:
-            length = WARM + steps
+            length = self.warm + steps + 1
             moved = tuple(length * (i + 1) for i in range(len(config.prune_at)))
             room = length * (len(moved) + 1) + steps * rounds + _SPARE
             config = config.replace(prune_at=moved, iterations=room)
@@ -107,9 +119,7 @@ class Implementation:
     def advance(self, iterations: int) -> None:
         """So many, as a user's run does them; the host does not wait for more than it would there."""
         if self.name == OURS:
-            target = self._run.iteration + iterations
-            while self._run.iteration < target:  # several at once where graphs allow, as `Inversion.run` does
-                self._run._advance(min(self._run._stride(), target - self._run.iteration))
+            advance(self._run, iterations)
             return
         for _ in range(iterations):
             self._run.step()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,10 @@ class EvaluateOptions(ModelOptions):
         int | None, typer.Option("--limit", "-n", help="At most so many images.", min=1, show_default=False)
     ] = None
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images together.", min=1)] = 64
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="Another model in the same run, in turns.", show_default=False),
+    ] = None
     compile: Annotated[
         bool, typer.Option("--compile", help="Through inductor; it takes a while before it starts.", show_default=False)
     ] = False
@@ -113,7 +117,8 @@ class QuantizeOptions(ModelOptions):
 def evaluate(options: EvaluateOptions) -> None:
     """Count how often a model is right on labelled images: top-1, top-5, images per second.
 
-    MODEL may also be a folder that smi quantize has written, or one of its model files.
+    MODEL may also be a folder that smi quantize has written, or one of its model files. With --against another one is
+    evaluated in the same run, on the same device, compiled if the first is, in turns batch by batch.
 
     [bold]Examples[/bold]
 
@@ -121,39 +126,67 @@ def evaluate(options: EvaluateOptions) -> None:
 
       smi evaluate deit_base_patch16_224.fb_in1k --data imagenet:/data/imagenet --limit 5000
 
-      smi evaluate quantized/w8a8 --data cifar10:data
+      smi evaluate quantized/w8a8 --against embedded:teacher --data cifar10:data --compile
     """
+    from smi.evaluation import compiled, data_transform, evaluate_together, open_dataset
+    from smi.quantization import is_quantized
+
+    names = [options.model, *([] if options.against is None else [options.against])]
+    device = _device(options.device, any(map(is_quantized, names)))
+    pairs = []
+    for name in names:
+        model, config, classes, labels = _opened(replace(options, model=name), device)
+        transform = data_transform(config)
+        dataset = open_dataset(
+            options.data, transform, num_classes=classes, class_names=labels, download=options.download
+        )
+        pairs.append((compiled(model, options.batch_size, config["input_size"]) if options.compile else model, dataset))
+    with _bar("evaluating") as tell:
+        found = evaluate_together(
+            pairs, batch_size=options.batch_size, limit=options.limit, device=device, on_batch=tell
+        )
+    if options.json:
+        facts = [
+            {"model": name, "data": options.data, "device": str(device), **asdict(one)}
+            | {"images_per_second": one.images_per_second}
+            for name, one in zip(names, found, strict=True)
+        ]
+        print(json.dumps(facts[0] if options.against is None else {**facts[0], "against": facts[1]}))
+        return
+    where = f"in the network, on {device}, batch {options.batch_size}{', compiled' if options.compile else ''}"
+    if options.against is not None:
+        print("        " + "  ".join(f"{name:>{max(11, len(name))}}" for name in names))
+    for row, values, after in (
+        ("top-1", [f"{one.top1:.2%}" for one in found], f"of {found[0].images} images"),
+        ("top-5", [f"{one.top5:.2%}" for one in found], ""),
+        ("speed", [f"{one.images_per_second:.1f}" for one in found], f"images/s {where}"),
+    ):
+        if options.against is not None:
+            values = [f"{value:>{max(11, len(name))}}" for name, value in zip(names, values, strict=True)]
+        print(f"{row}   {'  '.join(values)} {after}".rstrip())
+
+
+def _device(wanted: str, quantized: bool) -> Any:
+    """Where all models of an evaluation run."""
     from smi.adapters.timm import resolve_device
-    from smi.evaluation import compiled, data_config, data_transform, open_dataset
-    from smi.evaluation import evaluate as count
+
+    if not quantized:
+        return resolve_device(wanted)
+    if wanted not in ("auto", "cpu"):
+        raise SmiError(f"device is {wanted!r}; a quantized model runs on the CPU alone.")
+    return resolve_device("cpu")
+
+
+def _opened(options: EvaluateOptions, device: Any) -> tuple[Any, dict[str, Any], int, Sequence[str]]:
+    """The model on `device`, its data config, the number of its classes, and their names."""
+    from smi.evaluation import data_config
     from smi.quantization import is_quantized, load_quantized
 
-    device = resolve_device(options.device)
-    model: Any
     if is_quantized(options.model):
-        if options.device not in ("auto", "cpu"):
-            raise SmiError(f"device is {options.device!r}; a quantized model runs on the CPU alone.")
-        device = resolve_device("cpu")
-        model = load_quantized(options.model)
-        classes, names, config = model.info.num_classes, model.info.class_names, model.data
-    else:
-        model = options.build(seed=0).to(device)
-        classes, names, config = model.num_classes, (model.pretrained_cfg or {}).get("label_names") or (), None
-    config = config or data_config(model)
-    dataset = open_dataset(
-        options.data, data_transform(config), num_classes=classes, class_names=names, download=options.download
-    )
-    if options.compile:
-        model = compiled(model, options.batch_size, config["input_size"])
-    with _bar("evaluating") as tell:
-        found = count(model, dataset, batch_size=options.batch_size, limit=options.limit, device=device, on_batch=tell)
-    if options.json:
-        facts = {"model": options.model, "data": options.data, "device": str(device), **asdict(found)}
-        print(json.dumps(facts | {"images_per_second": found.images_per_second}))
-        return
-    print(f"top-1   {found.top1:.2%} of {found.images} images")
-    print(f"top-5   {found.top5:.2%}")
-    print(f"speed   {found.images_per_second:.1f} images/s in the network, on {device}, batch {options.batch_size}")
+        quantized = load_quantized(options.model)
+        return quantized, quantized.data, quantized.info.num_classes, quantized.info.class_names
+    model = options.build(seed=0).to(device)
+    return model, data_config(model), model.num_classes, (model.pretrained_cfg or {}).get("label_names") or ()
 
 
 def quantize(options: QuantizeOptions) -> None:

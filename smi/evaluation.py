@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,46 +70,117 @@ def evaluate(
     Raises:
         SmiError: no image, batch size or limit below 1, logits that are not (B, classes), a label that is no class.
     """
+    pairs = [(model, dataset)]
+    (found,) = evaluate_together(
+        pairs, batch_size=batch_size, limit=limit, device=device, workers=workers, on_batch=on_batch
+    )
+    return found
+
+
+def evaluate_together(
+    pairs: Sequence[tuple[Callable[[Tensor], Tensor], Any]],
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """As `evaluate`, of several models in one run.
+
+    They take turns at every batch, so that drift of the machine falls on all alike, and each has run once before it is
+    timed. `Evaluation.seconds` is of them all.
+
+    Args:
+        pairs: model, and the data set as that model wants it; of the same images with the same labels.
+
+    Raises:
+        SmiError: as `evaluate`; data sets that differ in their labels.
+    """
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise SmiError(f"{name} is {value}; expected at least 1.")
-    total = len(dataset) if isinstance(dataset, Sized) else 0
+    sizes = [len(dataset) if isinstance(dataset, Sized) else 0 for _, dataset in pairs]
+    total = min(sizes)
     if not total:
         raise SmiError("the data set is empty; expected at least one image with a label.")
-    if limit is not None and limit < total:
-        dataset = Subset(dataset, [place * total // limit for place in range(limit)])
-        total = limit
-    device, training = torch.device(device), isinstance(model, nn.Module) and model.training
+    if max(sizes) > total:
+        raise SmiError(f"the data sets have {sizes} images; expected the same ones for every model.")
+    chosen = None if limit is None or limit >= total else [place * total // limit for place in range(limit)]
+    total = total if chosen is None else len(chosen)
+    tallies = [_Tally(model, torch.device(device)) for model, _ in pairs]
+    loaders = [
+        DataLoader(dataset if chosen is None else Subset(dataset, chosen), batch_size=batch_size, num_workers=workers)
+        for _, dataset in pairs
+    ]
+    done, began = 0, time.perf_counter()
+    with contextlib.ExitStack() as modes, torch.no_grad():
+        for model, _ in pairs:
+            modes.enter_context(_evaluating(model))
+        for number, batches in enumerate(zip(*loaders, strict=True)):
+            labels = batches[0][1]
+            if not all(torch.equal(labels, others) for _, others in batches):
+                raise SmiError("the data sets have other labels for the same images; expected the same ones.")
+            if len(pairs) > 1 and not number:
+                for tally, (images, _) in zip(tallies, batches, strict=True):
+                    tally.run(images)
+            turns = list(zip(tallies, batches, strict=True))
+            for tally, (images, _) in turns if number % 2 == 0 else reversed(turns):
+                tally.count(images, labels)
+            done += len(labels)
+            if on_batch is not None:
+                on_batch(done, total)
+    seconds = time.perf_counter() - began
+    return [tally.evaluation(done, seconds) for tally in tallies]
+
+
+class _Tally:
+    """What was counted of one model so far."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._classes = self._first = self._among = 0
+        self._inside = 0.0
+
+    def run(self, images: Tensor) -> tuple[Tensor, float]:
+        """Logits on the CPU, and the seconds from pixels on the device to logits there."""
+        images = images.to(self._device)
+        _wait(self._device)
+        start = time.perf_counter()
+        logits = self._model(images)
+        _wait(self._device)
+        return logits.cpu(), time.perf_counter() - start
+
+    def count(self, images: Tensor, labels: Tensor) -> None:
+        logits, seconds = self.run(images)
+        if logits.ndim != 2 or len(logits) != len(labels):
+            raise SmiError(f"the model gives {tuple(logits.shape)}; expected ({len(labels)}, classes) logits.")
+        self._classes = classes = logits.shape[1]
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise SmiError(
+                f"the data set has a label {int(labels.max())}, the model has classes 0 to {classes - 1}; "
+                f"use a data set of the model's own classes."
+            )
+        ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        self._first += int(ranked[:, 0].sum())
+        self._among += int(ranked.any(1).sum())
+        self._inside += seconds
+
+    def evaluation(self, images: int, seconds: float) -> Evaluation:
+        return Evaluation(images, self._classes, self._first / images, self._among / images, self._inside, seconds)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """A module is in evaluation mode for the while."""
+    training = isinstance(model, nn.Module) and model.training
     if training:
-        model.eval()  # type: ignore[attr-defined]
-    done = first = among = classes = 0
-    inside, began = 0.0, time.perf_counter()
+        model.eval()
     try:
-        with torch.no_grad():
-            for images, labels in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
-                images = images.to(device)
-                _wait(device)
-                start = time.perf_counter()
-                logits = model(images)
-                _wait(device)
-                inside += time.perf_counter() - start
-                if logits.ndim != 2 or len(logits) != len(labels):
-                    raise SmiError(f"the model gives {tuple(logits.shape)}; expected ({len(labels)}, classes) logits.")
-                logits, classes = logits.cpu(), logits.shape[1]
-                if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                    raise SmiError(
-                        f"the data set has a label {int(labels.max())}, the model has classes 0 to {classes - 1}; "
-                        f"use a data set of the model's own classes."
-                    )
-                ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-                first, among = first + int(ranked[:, 0].sum()), among + int(ranked.any(1).sum())
-                done += len(labels)
-                if on_batch is not None:
-                    on_batch(done, total)
+        yield
     finally:
         if training:
-            model.train()  # type: ignore[attr-defined]
-    return Evaluation(done, classes, first / done, among / done, inside, time.perf_counter() - began)
+            model.train()
 
 
 def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -79,9 +79,10 @@ def bce(labels: Tensor | Sequence[Any], *, weight: float = 1.0) -> Objective:
     Raises:
         SmiError: labels outside 0..1; during the inversion, another number of images or classes.
     """
-    wanted = _numbers("labels", labels)
-    if not ((wanted >= 0) & (wanted <= 1)).all():
-        raise SmiError(f"labels reach from {wanted.min():g} to {wanted.max():g}; expected 0 (absent) to 1 (present).")
+    given = _numbers("labels", labels)
+    if not ((given >= 0) & (given <= 1)).all():
+        raise SmiError(f"labels reach from {given.min():g} to {given.max():g}; expected 0 (absent) to 1 (present).")
+    wanted = _Constant(given)
 
     def term(context: Context) -> Tensor:
         goal = _broadcast("labels", wanted, context.logits)
@@ -113,7 +114,7 @@ def embedding(
     """
     if distance not in ("cosine", "l2"):
         raise SmiError(f"distance is {distance!r}; expected 'cosine' or 'l2'.")
-    wanted = _numbers("target", target)
+    wanted = _Constant(_numbers("target", target))
 
     def term(context: Context) -> Tensor:
         found = context.features[feature]
@@ -295,15 +296,17 @@ class _View:
                     f"{name} of {type(network).__name__} has {len(values)} values; expected one for each of the "
                     f"{channels} channels. Give {name}=."
                 )
-        self._scale = [ours / other for ours, other in zip(info.std, theirs["std"], strict=True)]
-        pairs = zip(info.mean, theirs["mean"], theirs["std"], strict=True)
-        self._shift = [(ours - other) / std for ours, other, std in pairs]
+        scale = [ours / other for ours, other in zip(info.std, theirs["std"], strict=True)]
+        triples = zip(info.mean, theirs["mean"], theirs["std"], strict=True)
+        shift = [(ours - other) / std for ours, other, std in triples]
+        self._scale, self._shift = (
+            _Constant(torch.tensor(v, dtype=torch.float64).view(-1, 1, 1)) for v in (scale, shift)
+        )
         self._size = size
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) as the network normalises; differentiable."""
-        scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (self._scale, self._shift))
-        return images * scale + shift
+        return images * self._scale.like(images) + self._shift.like(images)
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         """What `network` gives for (B, C, H, W) `images` of the inverted model; differentiable."""
@@ -333,11 +336,30 @@ def _numbers(name: str, values: Tensor | Sequence[Any]) -> Tensor:
     return tensor.detach() if tensor.is_floating_point() else tensor.float()
 
 
-def _broadcast(name: str, values: Tensor, like: Tensor) -> Tensor:
+class _Constant:
+    """Numbers that stay where they were used: what has to come from the host cannot be captured in a CUDA graph."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._values.shape
+
+    def like(self, other: Tensor) -> Tensor:
+        """In the dtype and on the device of `other`."""
+        place = other.device, other.dtype
+        if place not in self._placed:
+            self._placed[place] = self._values.to(other)
+        return self._placed[place]
+
+
+def _broadcast(name: str, values: _Constant, like: Tensor) -> Tensor:
     """`values` as (B, D), the shape, dtype and device of `like`."""
-    if values.shape[-1] != like.shape[1] or (values.ndim == 2 and len(values) != len(like)):
+    shape = values.shape
+    if shape[-1] != like.shape[1] or (len(shape) == 2 and shape[0] != len(like)):
         raise SmiError(
-            f"{name} have shape {tuple(values.shape)}; expected {tuple(like.shape)}, or ({like.shape[1]},) for all "
-            f"images."
+            f"{name} have shape {tuple(shape)}; expected {tuple(like.shape)}, or ({like.shape[1]},) for all images."
         )
-    return values.to(like).expand_as(like)
+    return values.like(like).expand_as(like)

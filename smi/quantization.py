@@ -272,7 +272,7 @@ def quantize(
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        converted = _without_float_weights(convert_pt2e(prepared))
+        converted = _dequantized_by_layers(_without_float_weights(convert_pt2e(prepared)))
     data = data_config(model)
     sites = [_site_report(site, seen[site.name], ranges[site.name], meters[site.name]) for site in quantizer.sites]
     held = [*tokens.vit.parameters(), *tokens.vit.buffers()]
@@ -439,6 +439,33 @@ def _without_float_weights(graph: Any) -> Any:
     for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers()) if name not in read]:
         owner, _, own = name.rpartition(".")
         delattr(graph.get_submodule(owner), own)
+    return graph
+
+
+def _dequantized_by_layers(graph: Any) -> Any:
+    """Integers become floats right before the linear layer that reads them, not before they are rearranged for it.
+
+    Not a bit changes, and inductor, which looks for integers there, makes integer layers of the projections behind
+    attention too.
+    """
+    aten = torch.ops.aten
+    rearranges = (aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default)
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.quantized_decomposed.dequantize_per_tensor.default:
+            continue
+        chain, user = [], node
+        while len(user.users) == 1 and (user := next(iter(user.users))).target in rearranges:
+            chain.append(user)
+        if not chain or len(node.users) != 1 or user.target is not aten.linear.default:
+            continue
+        chain[0].replace_input_with(node, node.args[0])
+        user.replace_input_with(chain[-1], node)
+        node.replace_input_with(node.args[0], chain[-1])
+        chain[-1].append(node)
+        for moved in (node, *chain):
+            moved.meta.pop("val", None)  # of another dtype or shape now
+    graph.graph.lint()
+    graph.recompile()
     return graph
 
 

@@ -173,7 +173,7 @@ def invert_batch(
 
     Where the images come out with values that are not finite, from another seed, a function of the config's and of the
     try, so that any worker finds the same; `Result.tries` tells. Where a GPU's memory does not suffice, in halves,
-    which changes nothing if images do not depend on each other.
+    where images do not depend on each other, so that it changes nothing.
 
     Raises:
         SmiError: not finite for the third time, or no memory and images that depend on their batch.
@@ -208,10 +208,16 @@ def _invert(
     resolved, repeat = config.resolved(), config.images_per_trajectory
     if len(indices) < 2 * repeat:
         raise SmiError(f"one image is too much for the memory of {model.device}: {shortage}.")
-    if (resolved.norm, resolved.augment_per) != ("image", "image"):
+    meets = {
+        "norms or augmentation over the batch": (resolved.norm, resolved.augment_per) != ("image", "image"),
+        "a tolerance for the batch's mean": resolved.tolerance > 0,
+        "objectives of your own, which see all of it,": bool(objectives),
+    }
+    if any(meets.values()):
         raise SmiError(
             f"{len(indices)} images are too much for the memory of {model.device}: {shortage}. Use a smaller "
-            f"batch_size: with norms or augmentation over the batch it is part of the meaning, so it stays here."
+            f"batch_size: with {next(what for what, holds in meets.items() if holds)} it is part of the meaning, so it "
+            f"stays here."
         )
     torch.cuda.empty_cache()
     half = len(indices) // repeat // 2 * repeat

@@ -9,10 +9,11 @@ ones.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +31,7 @@ from smi.errors import SmiError, did_you_mean
 from smi.lessons import Lessons, Live, Stored, Synthesis
 from smi.pool import Pool, atomic_write, writing
 from smi.state import ModelInfo
+from smi.workers import Workers
 
 Mode = Literal["probe", "finetune"]
 Tokens = Literal["auto", "kept", "all"]
@@ -135,7 +137,7 @@ def teach(
 
     Args:
         student: a timm model, or any that maps (B, C, H, W) to (B, classes) and, for ``probe``, has
-            ``get_classifier``. It is trained in place.
+            ``get_classifier``. It is trained in place, on `device`, and left in evaluation mode.
         images: a pool of any strategy, for which the teacher itself is not needed; or a `smi.Synthesis`, which makes a
             fresh batch for every epoch.
         out: folder for the results.
@@ -144,33 +146,33 @@ def teach(
 
     Raises:
         SmiError: classes that differ from the teacher's, an input size that does not fit, a pool with too few images,
-            a folder that holds another run.
+            a folder that holds another run, or a `smi.Synthesis` where another run is at work on the same folder.
     """
     config, device = config or TransferConfig(), resolve_device(device)
     out = Path(out)
     source: Stored | Live
+    alone: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if isinstance(images, Synthesis):
-        source = Live(images, out / "pool", config.fill, config.epochs)
+        source, alone = Live(images, out / "pool", config.fill, config.epochs), Workers(out / "pool")
     else:
         source = Stored(images, config.fill, config.holdout, config.seed)
-    feed = _feed(student, source.info, config)
-    identity = _identity(source, config, name or type(student).__name__, student, feed.fed)
     student.to(device)
-    optimizer = _optimizer(_trained(student, config), config)
-    curve = _resume(out, identity, student, optimizer)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for number in range(len(curve), config.epochs):
-        epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
-        curve.append(epoch)
+    with _feeding(student, source.info, config, device) as feed, alone:
+        identity = _identity(source, config, name or type(student).__name__, student, feed.fed)
+        optimizer = _optimizer(_trained(student, config), config)
+        curve = _resume(out, identity, student, optimizer)
         with writing(out):
-            if _best(curve) == number:
-                atomic_write(out / _BEST, save(_plain(student), {"epoch": str(number)}))
-            atomic_write(out / _LAST, _checkpoint(student, optimizer, curve, identity))
-            atomic_write(out / _RECORD, _record(identity, config, curve).encode())
-        if progress is not None:
-            progress(number, epoch)
-    feed.remove()
+            out.mkdir(parents=True, exist_ok=True)
+        for number in range(len(curve), config.epochs):
+            epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
+            curve.append(epoch)
+            with writing(out):
+                if _best(curve) == number:
+                    atomic_write(out / _BEST, save(_plain(student), {"epoch": str(number)}))
+                atomic_write(out / _LAST, _checkpoint(student, optimizer, curve, identity))
+                atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+            if progress is not None:
+                progress(number, epoch)
     return Transfer(out, curve, _best(curve), feed.fed)
 
 
@@ -199,36 +201,45 @@ class _Feed:
         logits: Tensor = self._student(images.to(device))
         return logits
 
-    def remove(self) -> None:
-        if self._slot is not None:
-            self._slot.remove()
 
-
-def _feed(student: nn.Module, info: ModelInfo, config: TransferConfig) -> _Feed:
+@contextlib.contextmanager
+def _feeding(student: nn.Module, info: ModelInfo, config: TransferConfig, device: torch.device) -> Iterator[_Feed]:
+    """What feeds the student; afterwards, however it ends, that is fed and trainable as it came."""
     reasons = TokenFeed.reasons_against(student, info)
     if config.tokens == "kept" and reasons:
         raise SmiError(f"the student cannot be fed kept patches alone: {'; '.join(reasons)}. Use tokens='all'.")
-    slot = TokenFeed(student) if config.tokens != "all" and not reasons else None
     classes = getattr(student, "num_classes", info.num_classes)
     if classes != info.num_classes:
         raise SmiError(
             f"the student has {classes} classes, the images' teacher {info.num_classes}; create the student with "
             f"num_classes={info.num_classes} (--num-classes)."
         )
-    feed = _Feed(student, info, slot)
-    student.eval()
-    if slot is not None:
-        slot.cells = torch.zeros(1, 1, dtype=torch.int64)
+    trainable = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    slot = TokenFeed(student) if config.tokens != "all" and not reasons else None
+    try:
+        feed = _Feed(student, info, slot)
+        student.eval()
+        if slot is not None:
+            slot.cells = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        _try_out(student, info, device)
+        yield feed
+    finally:
+        if slot is not None:
+            slot.remove()
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+
+
+def _try_out(student: nn.Module, info: ModelInfo, device: torch.device) -> None:
     try:
         with torch.no_grad():
-            student(torch.zeros(1, *info.input_size, device=next(student.parameters()).device))
+            student(torch.zeros(1, *info.input_size, device=device))
     except (RuntimeError, AssertionError) as error:
         size = " x ".join(map(str, info.input_size[1:]))
         raise SmiError(
             f"the student does not take images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
             f"Create it with img_size={info.input_size[1]} (--img-size)."
         ) from error
-    return feed
 
 
 def _trained(student: nn.Module, config: TransferConfig) -> list[nn.Parameter]:

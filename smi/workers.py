@@ -64,7 +64,7 @@ class Workers:
                 self._leave()
                 raise SmiError(
                     f"another run is at work on {str(self._path)!r} (process {other.process.split('@')[0]} on "
-                    f"{other.host}). Wait for it or stop it, or start all of them with --join to share the work."
+                    f"{other.host}). Wait for it or stop it; runs of smi invert share work if all have --join."
                 )
         self._pulse.start()
         return self

@@ -37,9 +37,18 @@ def instruction_set() -> str:
 @functools.cache
 def reasons_against() -> tuple[str, ...]:
     """Every reason why compiled operators cannot run on a CPU here; empty if they can."""
-    path = folder() / f"cpu_{instruction_set()}.so"
+    return against_library(_path(), "a C++ compiler on PATH")
+
+
+def about() -> str:
+    """How the operators for CPUs were built."""
+    return f"{instruction_set()}, compiled by {text(_library().smi_compiler)}"
+
+
+def against_library(path: Path, builder: str) -> tuple[str, ...]:
+    """Every reason why the library at `path`, which `builder` makes, cannot be loaded; empty if it can."""
     if not path.is_file():
-        return (f"{path.name} was not built; with a C++ compiler on PATH, install the package again",)
+        return (f"{path.name} was not built; with {builder}, install the package again",)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -47,9 +56,19 @@ def reasons_against() -> tuple[str, ...]:
     return _stale(library, path.name)
 
 
-def about() -> str:
-    """How the operators for CPUs were built."""
-    return f"{instruction_set()}, compiled by {_text(_library().smi_compiler)}"
+def load(path: Path, reasons: tuple[str, ...] = ()) -> Any:
+    """The library at `path`. Raises RuntimeError if there are `reasons` against it."""
+    if reasons:
+        raise RuntimeError(f"the operators of {path.name} cannot run here: {'; '.join(reasons)}.")
+    library = ctypes.CDLL(str(path))
+    library.smi_operator.restype = ctypes.c_void_p
+    return library
+
+
+def text(function: Any) -> str:
+    """What a function of a library that takes nothing says."""
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def takes(*dtypes: torch.dtype) -> bool:
@@ -166,13 +185,13 @@ def _operator(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Any:
     return ctypes.CFUNCTYPE(None, *map(_type, args))(address)
 
 
+def _path() -> Path:
+    return folder() / f"cpu_{instruction_set()}.so"
+
+
 @functools.cache
 def _library() -> Any:
-    reasons = reasons_against()
-    if reasons:
-        raise RuntimeError(f"the compiled operators cannot run here: {'; '.join(reasons)}.")
-    library = ctypes.CDLL(str(folder() / f"cpu_{instruction_set()}.so"))
-    library.smi_operator.restype = ctypes.c_void_p
+    library = load(_path(), reasons_against())
     suffix = ".dylib" if os.uname().sysname == "Darwin" else ".so"
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
     library.smi_use_threads(torch_library.torch_parallel_for)
@@ -184,15 +203,10 @@ def _failed() -> Any:
     return ctypes.c_int32.in_dll(_library(), "smi_failed")
 
 
-def _text(function: Any) -> str:
-    function.restype = ctypes.c_char_p
-    return str(function().decode())
-
-
 def _stale(library: Any, name: str) -> tuple[str, ...]:
     """In a source checkout, where code and library may differ: whether they do."""
     builder = _builder()
-    if builder is None or _text(library.smi_sources) == builder.sources_hash():
+    if builder is None or text(library.smi_sources) == builder.sources_hash():
         return ()
     return (f"{name} was built from other sources than csrc/ holds now; install the package again",)
 

@@ -26,19 +26,12 @@ _emulated: ContextVar[Path | None] = ContextVar("emulated", default=None)
 @functools.cache
 def reasons_against() -> tuple[str, ...]:
     """Every reason why the library of CUDA operators cannot be loaded; empty if it can. Looks at no GPU."""
-    path = native.folder() / "cuda.so"
-    if not path.is_file():
-        return (f"{path.name} was not built; with nvcc in CUDA_HOME or on PATH, install the package again",)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return (f"{path.name} cannot be loaded: {error}",)
-    return native._stale(library, path.name)
+    return native.against_library(_path(), "nvcc in CUDA_HOME or on PATH")
 
 
 def about() -> str:
     """How the operators were built."""
-    return f"compiled by {native._text(_library(native.folder() / 'cuda.so').smi_compiler)}"
+    return f"compiled by {native.text(_library(_path()).smi_compiler)}"
 
 
 @contextlib.contextmanager
@@ -69,7 +62,7 @@ def call(name: str, dtype: torch.dtype, *args: Any) -> None:
     for tensor in args:
         if isinstance(tensor, Tensor):
             _check(name, dtype, device, tensor)
-    path = emulating or native.folder() / "cuda.so"
+    path = emulating or _path()
     function = _operator(path, name, dtype.itemsize)
     with contextlib.nullcontext() if emulating else torch.cuda.device(device):
         stream = None if emulating else torch.cuda.current_stream(device).cuda_stream
@@ -114,12 +107,13 @@ def _operator(path: Path, name: str, itemsize: int) -> Any:
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)
 
 
+def _path() -> Path:
+    return native.folder() / "cuda.so"
+
+
 @functools.cache
 def _library(path: Path) -> Any:
-    if path == native.folder() / "cuda.so" and (reasons := reasons_against()):
-        raise RuntimeError(f"the CUDA operators cannot run here: {'; '.join(reasons)}.")
-    library = ctypes.CDLL(str(path))
-    library.smi_operator.restype = ctypes.c_void_p
+    library = native.load(path, reasons_against() if path == _path() else ())
     library.smi_error.restype = ctypes.c_char_p
     return library
 

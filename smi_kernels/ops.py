@@ -287,5 +287,25 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-for _name, (_backward, _setup) in DERIVATIVES.items():
+def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[Callable[..., Any], ...]:
+    """The two, with the backward on what `use_backend` asked for at the forward.
+
+    On a GPU autograd runs it in another thread, and anywhere it may run when the context is left.
+    """
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backends.wanted()
+        setup(ctx, inputs, output)
+
+    def run(ctx: Any, *gradients: Tensor) -> Any:
+        if ctx.backend == "auto":
+            return backward(ctx, *gradients)
+        with backends.use_backend(ctx.backend):
+            return backward(ctx, *gradients)
+
+    return run, remember
+
+
+for _name, _pair in DERIVATIVES.items():
+    _backward, _setup = _on_its_backend(*_pair)
     torch.library.register_autograd(f"smi::{_name}", _backward, setup_context=_setup, lib=_library)

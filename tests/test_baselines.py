@@ -112,6 +112,17 @@ def test_through_inductor_too() -> None:
     assert (compiled.images - eager.images).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("tune", [True, False])
+def test_all_of_a_compiled_step_is_tuned_or_nothing(tune: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options.get("mode")) or function)
+    made = Baseline("C16", **start(torch.float32))
+    asked.clear()
+    made.in_graph = tune is False  # whether there are graphs decides nothing here
+    made._start_update("inductor", tune)
+    assert asked == ["max-autotune-no-cudagraphs" if tune else None] * 2
+
+
 def test_compiling_ahead_changes_nothing() -> None:
     cold, warm = (Baseline("C16", **start(), exact=True, compiler="none") for _ in range(2))
     warm.warm_up()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small import PRUNED, tiny
 
 import smi
+import smi_kernels
 from benchmarks import int8, page, readme, sparse_vs_dense, timing
 from smi.embedded import load_teacher
 from smi.flops import count_flops
@@ -48,6 +51,31 @@ def test_both_measurements_run_and_report_counts() -> None:
     assert whole["sparse"]["gflop_per_image"] == pytest.approx(counted / 1e9)
     ratio = sparse_vs_dense.ratios(whole, "seconds")["flop_ratio"]
     assert ratio == pytest.approx(9 * count_flops(model, 64) / counted)
+
+
+def test_on_a_gpu_the_final_phase_is_timed_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    class OnGpu(smi_kernels.PixelDescent):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.in_graphs = True
+
+        def _iterate(self, iterations: int) -> None:
+            ran.append("graph" if iterations == 8 else "host")
+            super()._iterate(iterations)
+
+    class Graph:
+        def __init__(self, body: Any, device: torch.device) -> None:
+            self.replay = body
+
+    monkeypatch.setattr(smi_kernels, "PixelDescent", OnGpu)
+    monkeypatch.setattr("smi_kernels.descent.Graph", Graph)
+    taken = {"model": smi.SparseModel(tiny()), "targets": [0, 1], "config": smi.Config(**PRUNED)}
+    monkeypatch.setattr(sparse_vs_dense, "interleaved", lambda *args, **options: ran.clear() or timed(*args, **options))
+    timed = timing.interleaved
+    sparse_vs_dense.final_phase(**taken, steps=8, rounds=2)
+    assert ran == ["graph"] * 4
 
 
 def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:

@@ -241,7 +241,7 @@ def test_no_spills_and_whole_vectors_on_every_architecture(resources: Any, monke
     library = ctypes.CDLL(str(Path(work, "lib", "cuda.so")))  # needs no GPU, nor its driver
     library.smi_error.restype = ctypes.c_char_p
     assert library.smi_error(9) == b"invalid configuration argument"
-    assert native_cuda.native._text(library.smi_sources) == build.sources_hash()
+    assert native_cuda.native.text(library.smi_sources) == build.sources_hash()
 
 
 def test_the_table_knows_what_is_bad(resources: Any) -> None:

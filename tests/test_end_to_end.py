@@ -11,7 +11,8 @@ import torch
 from small import one_thread, tiny  # noqa: F401
 
 import smi
-from benchmarks import end_to_end, gate, readme_end_to_end
+import smi_kernels.descent
+from benchmarks import end_to_end, gate, implementations, readme_end_to_end
 from benchmarks import end_to_end_rows as rows
 from benchmarks.implementations import begin, random_weights
 
@@ -53,6 +54,38 @@ def test_every_implementation_passes_its_gate_and_has_a_row(record: dict[str, An
     assert all(row["launches"] is None and row["memory"] is None for row in found.values())
 
 
+def test_on_a_gpu_what_is_timed_of_ours_is_replayed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for graphs: captures and launches by the host fall outside of all timed stretches."""
+    monkeypatch.setattr(implementations, "WARM", implementations.WARM_ON_GPU)
+    model = smi.SparseModel(network())
+    start = begin(network(), model.info, CONFIG, CPU)
+    made = implementations.Implementation("SMI", network(), model, start, steps=24, rounds=2)
+    stretches: list[list[str]] = [[]]
+    monkeypatch.setattr(made, "wait", lambda: stretches.append([]))  # before and after each
+    descent = made._run._descent
+
+    class Graph:
+        def __init__(self, body: Any, device: torch.device) -> None:
+            stretches[-1].append("capture")
+            self.replay = body
+
+    iterate = descent._iterate
+
+    def told(iterations: int) -> None:
+        stretches[-1].append("replay" if iterations == 8 else "launched")
+        iterate(iterations)
+
+    monkeypatch.setattr(smi_kernels.descent, "Graph", Graph)
+    monkeypatch.setattr(descent, "_iterate", told)
+    descent.in_graphs = True
+    rows.phases(made, gate.judged([1.0], 1.0, "bf16"), steps=24)
+    rows.steady({"SMI": made}, 24, 2, CPU, end_to_end.Clock(5))
+    timed, between = stretches[1::2], stretches[::2]
+    assert timed == [["replay"] * 3] * 6  # four phases and two rounds
+    later = ["launched", "launched", "capture", "replay"]  # the first for the ranking
+    assert between == [["launched", "capture", "replay"], later, later, later, [], [], []]
+
+
 def test_a_composed_schedule_adds_up_its_phases(record: dict[str, Any]) -> None:
     row = rows.steady_rows(record)["tiny", 3]["SMI"]
     early = [3 * p["seconds_per_iteration"] for p in row["phases"][:3]]
@@ -79,12 +112,12 @@ def test_without_time_nothing_begins_and_the_record_says_so(tmp_path: Path) -> N
 
 def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("no such kernel\nand more")
+        raise LookupError("no such kernel\nand more")  # Triton's errors are no RuntimeErrors either
 
     monkeypatch.setattr(gate.Reference, "of_baseline", fail)
     found = run(tmp_path, implementations=("SMI", "E32s"), whole=())
     assert [r["implementation"] for r in found["rows"]] == ["SMI"]
-    assert [s["reason"] for s in found["skipped"]] == ["RuntimeError: no such kernel"]
+    assert [s["reason"] for s in found["skipped"]] == ["LookupError: no such kernel"]
 
 
 def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> None:
@@ -95,9 +128,10 @@ def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> No
     assert reference.gate("SMI", model).passed
     found = reference.gate("SMI", smi.SparseModel(other))
     assert not found.passed and "expected at least 0.9999" in found.reason
-    assert not gate.judged(float("nan"), None, "bf16").passed
-    assert not gate.judged(1.0, 0.5, "bf16").passed
-    assert gate.judged(0.9995, 0.96, "bf16").passed and not gate.judged(0.9995, 0.96, "fp32").passed
+    nan = float("nan")
+    assert not any(gate.judged(found, None, "bf16").passed for found in ([nan], [1.0, nan], [nan, 1.0], [1.0, 0.99]))
+    assert not gate.judged([1.0], 0.5, "bf16").passed and not gate.judged([1.0], nan, "bf16").passed
+    assert gate.judged([0.9995, 1.0], 0.96, "bf16").passed and not gate.judged([0.9995], 0.96, "fp32").passed
 
 
 def test_shared_patches_by_hand() -> None:
@@ -184,6 +218,10 @@ def test_goals_say_not_measured_until_that_gpu_has_run_them() -> None:
     assert goal(text, "Ti, batch 32", "memory") == "0.20"
     assert goal(text, "Ti, batch 128", "over C16") == "not measured"
     assert readme_end_to_end.goals([synthetic(*found, gpu="NVIDIA A100")]) == nothing
+    apart = [synthetic(row("SMI", 2e-3), row("C16", 9e-3)), synthetic(found[0], *found[2:])]  # in files of their own
+    text = readme_end_to_end.goals(apart)
+    assert goal(text, "Ti, batch 32", "2x over C16") == "4.50x"
+    assert goal(text, "Ti, batch 32", "over E32s") == "9.00x" and goal(text, "Ti, batch 32", "memory") == "0.20"
 
 
 def test_the_table_prints_a_measured_schedule_in_place_of_the_composed_one() -> None:

@@ -18,8 +18,9 @@ from torch.utils.data import TensorDataset
 
 import smi
 from smi import embedded
+from smi.calibration import from_noise
 from smi.errors import SmiError
-from smi.evaluation import compiled, data_config, data_transform, open_dataset
+from smi.evaluation import compiled, data_config, data_transform, evaluate_together, open_dataset
 
 IDENTITY = torch.eye(6)
 
@@ -80,6 +81,51 @@ def test_compiled_networks_take_short_batches() -> None:
         torch.testing.assert_close(run(data.tensors[0][:count]), model(data.tensors[0][:count]))
     with pytest.raises(SmiError, match=r"cannot be compiled here: .*Leave out --compile"):
         compiled(model, 4, (3, 5, 5))
+
+
+def test_two_models_take_turns_and_are_counted_apart() -> None:
+    data = numbers([0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [1, 2, 3, 1, 1])
+    ran: list[str] = []
+
+    def right(x: Tensor) -> Tensor:
+        ran.append("right")
+        return x
+
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            ran.append("wrong")
+            return -x
+
+    wrong = Wrong().train()
+    found = evaluate_together([(right, data), (wrong, data)], batch_size=2)
+    assert ran == ["right", "wrong", "right", "wrong", "wrong", "right", "right", "wrong"]  # each once before
+    for one, model in zip(found, (right, wrong), strict=True):
+        alone = smi.evaluate(model, data, batch_size=2)
+        assert (one.images, one.top1, one.top5) == (alone.images, alone.top1, alone.top5)
+    assert found[0].top1 == 3 / 5 != found[1].top1 and wrong.training
+    with pytest.raises(SmiError, match="other labels for the same images"):
+        evaluate_together([(right, data), (right, numbers([0, 1, 2, 3, 5], [0] * 5, [1] * 5))])
+    with pytest.raises(SmiError, match=r"have \[5, 2\] images; expected the same"):
+        evaluate_together([(right, data), (right, numbers([0, 1], [0] * 2, [1] * 2))])
+
+
+def test_a_quantized_network_compiles_to_integer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what inductor is about to write as C++: a oneDNN call for every linear layer and the embedding."""
+    made: list[str] = []
+
+    def enough(graph: Any) -> None:
+        made.extend(type(operation).__name__ for operation in graph.operations)
+        raise RuntimeError("enough was seen")  # the compiler that would come next takes most of the time
+
+    monkeypatch.setattr("torch._inductor.graph.GraphLowering.codegen", enough)
+    network = tiny(depth=2)
+    noise = from_noise(smi.SparseModel(network, backend="reference").info, images=8)
+    for model, integer in ((smi.quantize(network, noise).model, True), (network, False)):
+        made.clear()
+        with pytest.raises(SmiError, match="enough was seen"):
+            compiled(model, 4, (3, 16, 16))
+        assert made.count("QLinearPointwisePT2E") == (4 * 2 + 1 if integer else 0)
+        assert made.count("QConvPointWisePT2E") == (1 if integer else 0)
 
 
 # --- data sets ---
@@ -217,6 +263,12 @@ def test_command(call: Call, tmp_path: Path) -> None:  # noqa: F811
     code, out, err = call(*words, "--limit", "7")
     assert (code, err) == (0, "")
     assert out.startswith("top-1   ") and "of 7 images" in out
+    both = json.loads(call(*words, "--against", "test_vit", "--json")[1])
+    assert both["top1"] == both["against"]["top1"] == facts["top1"] and both["against"]["model"] == "test_vit"
+    code, out, err = call(*words, "--against", "test_vit", "--limit", "7")
+    assert (code, err) == (0, "")
+    named, top1, _, speed = out.splitlines()
+    assert named.split() == ["test_vit"] * 2 and len(set(top1.split()[1:3])) == 1 and "images/s" in speed
 
 
 def test_command_errors_are_one_line(call: Call, tmp_path: Path) -> None:  # noqa: F811

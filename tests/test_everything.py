@@ -18,6 +18,13 @@ from smi.cli import app
 
 CPU = torch.device("cpu")
 PYTHON = [sys.executable, "-c"]
+SUITE = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what failed so far")
+"""
 
 
 # --- everything ---
@@ -32,6 +39,7 @@ def test_what_fails_or_takes_too_long_stops_nothing(tmp_path: Path) -> None:
         everything.Part(
             "endless", 0.05, [*PYTHON, "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"]
         ),
+        everything.Part("interrupted", 0.05, [*PYTHON, SUITE]),
         everything.Part("absent", 0.1, ["no-such-program"], needs="no-such-program"),
         everything.Part("last", 0.3, [*PYTHON, "import os; print('four', os.environ['HELLO'])"], variables=hello),
     ]
@@ -39,12 +47,13 @@ def test_what_fails_or_takes_too_long_stops_nothing(tmp_path: Path) -> None:
     found = everything.run_all(parts, 40.0, tmp_path, CPU)
     assert time.monotonic() - began < 40
     statuses = [entry["status"] for entry in found]
-    assert statuses[:2] == ["ok", "failed with exit code 3"] and statuses[2] == "took too long"
-    assert statuses[3:] == ["left out: there is no no-such-program here", "ok"]
+    assert statuses[:2] == ["ok", "failed with exit code 3"] and statuses[2:4] == ["took too long"] * 2
+    assert statuses[4:] == ["left out: there is no no-such-program here", "ok"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parts"] == found and summary["environment"]["gpu"] is None
     log = (tmp_path / "log.txt").read_text()
     assert "one" in log and "two" in log and "four world" in log and "===== endless" in log
+    assert "what failed so far" in log
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert "sleep 60" not in left.splitlines()
 
@@ -90,6 +99,22 @@ def test_results_are_written_whole_and_named_after_the_gpu(tmp_path: Path) -> No
     assert [file.name for file in (tmp_path / "new").iterdir()] == [path.name]
 
 
+def test_compilers_are_timed_apart_from_what_must_not_be_lost(tmp_path: Path) -> None:
+    parts = {part.name: part.command for part in everything.parts(tmp_path, True, 522.0, quick=False)}
+    assert list(parts)[-1] == "compiled"
+    assert "C16" not in parts["end_to_end"] and {"SMI", "E32d", "E32s", "A16+graph"} <= set(parts["end_to_end"])
+    assert {"SMI", "C16", "end_to_end-compiled"} <= set(parts["compiled"])
+
+
+@pytest.mark.parametrize("reasons", [[], ["there is no nvcc"]])
+def test_sanitizers_see_the_cuda_operators_where_there_are_any(
+    reasons: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(everything.backends, "reasons_against", lambda name: reasons)
+    (memcheck,) = [p for p in everything.parts(tmp_path, True, 522.0, quick=True) if p.name == "memcheck"]
+    assert memcheck.command[-1] == ("auto" if reasons else "cuda")
+
+
 # --- compare ---
 
 
@@ -99,11 +124,14 @@ def test_a_ratio_needs_the_same_result_and_a_difference_beyond_the_spread() -> N
     assert found["ratio"] == pytest.approx(2.1) and found["clear"]
     level = compare.verdict({"here": fast, "there": [1.02, 1.0, 1.1, 0.9, 1.0]}, same=True, difference=0.0)
     assert level["ratio"] == pytest.approx(1.0) and not level["clear"]
+    assert (
+        compare.fails(found, above=2.0) and not compare.fails(found, above=2.2) and not compare.fails(level, above=0.5)
+    )
     row = {"what": "deit", "same_patches": True, "difference": 0.0}
     assert "~1.000" in compare.line({**row, **level}) and "~" not in compare.line({**row, **found})
     for same, difference, why in ((False, 0.0, "other patches are kept"), (True, 0.5, "pixels differ by 5.0e-01")):
         failed = compare.verdict({"here": slow, "there": fast}, same, difference)
-        assert failed["ratio"] is None
+        assert failed["ratio"] is None and compare.fails(failed, above=9.0)
         assert f"no ratio: {why}" in compare.line({**row, **failed, "same_patches": same, "difference": difference})
 
 

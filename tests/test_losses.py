@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import smi
 from smi import Config, Context, Objective, SmiError, SparseModel, losses
+from smi_kernels.graphs import NoWaiting
 
 KEEP = torch.tensor([[1, 2, 5, 7, 11], [0, 3, 4, 8, 15]])
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -405,6 +406,25 @@ def test_every_loss_runs_everywhere(semantics: str, strategy: str, name: str) ->
         alone = smi.invert(model, [1], config, objectives=[objective], indices=[1])
         assert torch.equal(alone.keep[0], result.keep[1])
         torch.testing.assert_close(alone.images[0], result.images[1], rtol=0, atol=2e-3)
+
+
+class NothingFromTheHost(NoWaiting):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor made of Python's numbers"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["margin", "bce", "low_pass", "batch_norm_statistics", "adversarial"])
+def test_what_a_cuda_graph_repeats_takes_nothing_from_the_host(name: str) -> None:
+    """On a device that is none, once before, as ahead of a capture."""
+    info = SparseModel(tiny(), backend="reference").info
+    objective = MAKE[name](tiny(), info, ConvNet().to("meta"))
+    images, logits = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(2, CLASSES, device="meta")
+    targets = torch.zeros(2, dtype=torch.int64, device="meta")
+    context = Context(0, images, logits, targets, torch.empty(2, 4, dtype=torch.int64, device="meta"), None)
+    expected = objective.function(context).shape
+    with NothingFromTheHost():
+        assert objective.function(context).shape == expected
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +152,20 @@ def test_low_precision_gradients_have_the_dtype_of_their_inputs(name: str) -> No
     first = out if isinstance(out, Tensor) else out[0]
     for value, grad in zip(inputs, torch.autograd.grad(first.float().sum(), inputs), strict=True):
         assert grad.dtype == value.dtype and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(DERIVATIVES))
+def test_the_backward_runs_on_the_backend_of_the_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread, as autograd runs it on a GPU, and when the context is left."""
+    ran: list[str] = []
+    real = ops._implementation
+    monkeypatch.setattr(ops, "_implementation", lambda folder, backend: ran.append(backend) or real(folder, backend))
+    function, inputs = differentiable(name, samples(torch.float32)[name][0][0])
+    with use_backend("reference"):
+        out = function(*inputs)
+    first = out if isinstance(out, Tensor) else out[0]
+    ran.clear()
+    thread = threading.Thread(target=lambda: first.sum().backward())
+    thread.start()
+    thread.join()
+    assert ran and set(ran) == {"reference"} and all(value.grad is not None for value in inputs)

@@ -334,6 +334,19 @@ def test_files_say_the_same_bits(made: Quantized, tmp_path: Path) -> None:
     assert record["bytes"] == {"float32": 4 * sum(v.numel() for v in tiny().state_dict().values()), "model.pt2": size}
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "class_token": False, "global_pool": "avg"}], ids=str)
+def test_dequantizing_later_changes_no_bit(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = tiny(**options), torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = from_noise(SparseModel(network, backend="reference").info, images=8)
+    late = smi.quantize(network, noise).model
+    monkeypatch.setattr(quantization, "_dequantized_by_layers", lambda graph: graph)
+    early = smi.quantize(network, noise).model
+    orders = [[str(node.target) for node in model.run.graph.nodes] for model in (late, early)]  # type: ignore[attr-defined]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    with torch.no_grad():
+        assert torch.equal(late(images), early(images)) and torch.equal(late(images[:1]), early(images[:1]))
+
+
 def test_no_float_weight_is_left_in_the_file(made: Quantized) -> None:
     graph: Any = made.model.run
     assert not any(

@@ -394,9 +394,17 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(
 def test_where_halves_would_change_the_meaning_it_is_said(
     model: smi.SparseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def spread(context: Context) -> Tensor:
+        return context.images.std(0).mean()
+
     short_of_memory(monkeypatch, 1)
-    with pytest.raises(smi.SmiError, match=r"3 images are too much .* Use a smaller batch_size"):
-        run(model, PLAN, CONFIG.replace(semantics="official"), tmp_path / "pool")
+    for changes, objectives, why in (
+        ({"semantics": "official"}, (), "with norms or augmentation over the batch"),
+        ({"tolerance": 0.1}, (), "with a tolerance for the batch's mean"),
+        ({}, (spread,), "with objectives of your own"),
+    ):
+        with pytest.raises(smi.SmiError, match=rf"3 images are too much .* Use a smaller batch_size: {why}"):
+            run(model, PLAN, CONFIG.replace(**changes), tmp_path / why, objectives=objectives)
     short_of_memory(monkeypatch, 0)
     failed = pytest.raises(smi.SmiError, match="one image is too much for the memory of cpu")
     with pytest.warns(UserWarning, match="two halves"), failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -111,6 +112,26 @@ def test_other_networks_see_the_filled_image_in_their_own_normalisation(pool: Pa
         [0.5, 0.6, 0.7]
     ).view(-1, 1, 1)
     torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_however_it_ends_the_student_is_fed_and_trainable_as_it_came(pool: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number, (model, complaint, more) in enumerate(
+        (
+            (student(), None, {}),
+            (student(), KeyboardInterrupt, {"progress": stop}),
+            (tiny(num_classes=4), smi.SmiError, {}),
+            (tiny(num_classes=CLASSES, in_chans=1), smi.SmiError, {}),
+        )
+    ):
+        before = model.patch_drop
+        model.cls_token.requires_grad_(False)
+        with pytest.raises(complaint) if complaint else contextlib.nullcontext():
+            teach(model, pool, tmp_path / str(number), TransferConfig(epochs=1, tokens="kept"), **more)
+        assert model.patch_drop is before
+        assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["cls_token"]
 
 
 # --- what is learnt ---
@@ -231,6 +252,20 @@ def test_synthesis_interrupted_within_a_batch_goes_on_bit_for_bit(tmp_path: Path
     assert same(load_file(tmp_path / "whole/last.safetensors"), load_file(tmp_path / "parts/last.safetensors"))
     with pytest.raises(smi.SmiError, match="holds another run: its pool"):
         teach(student(), synthesis(tv2=0.5), tmp_path / "parts", config)
+
+
+def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    config, refused = TransferConfig(epochs=1, batch_size=4), []
+
+    def second(batch: int, loop: smi.Inversion) -> None:
+        if (batch, loop.iteration) == (1, 3):
+            with pytest.raises(smi.SmiError, match=r"another run is at work on .*pool.*Wait for it or stop it"):
+                teach(student(), synthesis(), tmp_path, config)
+            refused.append(batch)
+
+    teach(student(), replace(synthesis(), on_iteration=second), tmp_path, config)
+    assert refused == [1] and Pool(tmp_path / "pool").complete and not (tmp_path / "pool" / "workers").exists()
+    teach(student(), synthesis(), tmp_path, config)
 
 
 def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:

@@ -115,15 +115,52 @@ class AttentionMaps(Sequence[Any]):
         return torch.cat([1 - self._row.sum(1, keepdim=True), self._row], 1)
 
 
-class LastMap:
-    """The last block's map: a tensor for whoever treats it as one, while its class row costs nothing."""
+class _Late:
+    """A tensor for whoever treats it as one, computed only then."""
 
     def __init__(self, maps: AttentionMaps) -> None:
         self._maps = maps
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor().shape
+    def tensor(self) -> Tensor:
+        raise NotImplementedError
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.tensor()[place]
+
+    def __len__(self) -> int:
+        return len(self.tensor())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*_computed(args), **_computed(kwargs or {}))
+
+
+def _operator(name: str) -> Any:
+    def apply(self: _Late, *others: Any) -> Any:
+        return getattr(self.tensor(), name)(*_computed(others))
+
+    return apply
+
+
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "abs", "lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(_Late, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks for these in the class alone
+
+
+def _computed(value: Any) -> Any:
+    """`value` with tensors for all that is late in it."""
+    if isinstance(value, _Late):
+        return value.tensor()
+    if isinstance(value, dict):
+        return {name: _computed(one) for name, one in value.items()}
+    return type(value)(map(_computed, value)) if type(value) in (tuple, list) else value
+
+
+class LastMap(_Late):
+    """The last block's map (B, heads, tokens, tokens), of which the mean over heads need not be computed as a whole."""
 
     def tensor(self) -> Tensor:
         return self._maps.full()[-1]
@@ -133,42 +170,21 @@ class LastMap:
         alone = len(args) + len(kwargs) == 1
         return MeanMap(self._maps) if dim in (1, -3) and alone else self.tensor().mean(*args, **kwargs)
 
-    def __getitem__(self, place: Any) -> Tensor:
-        return self.tensor()[place]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is torch.mean and args and isinstance(args[0], LastMap):
-            return args[0].mean(*args[1:], **kwargs)
-        return func(*_tensors(args), **{name: _tensors((value,))[0] for name, value in kwargs.items()})
+            return args[0].mean(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-class MeanMap:
+class MeanMap(_Late):
     """The last map averaged over heads (B, tokens, tokens), of which only the first row is known as yet."""
-
-    def __init__(self, maps: AttentionMaps) -> None:
-        self._maps = maps
 
     def tensor(self) -> Tensor:
         return self._maps.full()[-1].mean(1)
 
     def __getitem__(self, place: Any) -> Tensor:
-        everything = slice(None)
-        if isinstance(place, tuple) and len(place) >= 2 and place[0] == everything and place[1] == 0:
-            return self._maps.class_row[(everything, *place[2:])]
+        first_row = isinstance(place, tuple) and len(place) >= 2 and type(place[1]) is int and place[1] == 0
+        if first_row and isinstance(place[0], slice) and place[0] == slice(None):
+            return self._maps.class_row[(slice(None), *place[2:])]
         return self.tensor()[place]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_tensors(args), **{name: _tensors((value,))[0] for name, value in (kwargs or {}).items()})
-
-
-def _tensors(values: Sequence[Any]) -> list[Any]:
-    return [value.tensor() if isinstance(value, (LastMap, MeanMap)) else value for value in values]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import warnings
 from typing import Any
 
@@ -61,6 +63,12 @@ def test_the_same_bits_twice() -> None:
 
 
 def deit(name: str = "deit_small_patch16_224") -> Any:
+    return copy.deepcopy(_deit(name))
+
+
+@functools.cache
+def _deit(name: str) -> Any:
+    """Drawn once: to draw a large one takes far longer than to test it."""
     return randomise(timm.create_model(name)).cuda()
 
 
