@@ -94,6 +94,7 @@ class ModelOptions:
             device=device,
             precision=config.precision,
             ranking=config.model_ranking,
+            merge_to=config.model_merge_to,
             backend=self.backend,
         )
 
@@ -167,7 +168,10 @@ class InvertOptions(ModelOptions):
     strategy: Annotated[
         str | None,
         _option(
-            "--strategy", panel=_SCHEDULE, help="sparse, dense, random or rebirth.", autocompletion=_choices("strategy")
+            "--strategy",
+            panel=_SCHEDULE,
+            help="sparse, dense, random, rebirth or fusion.",
+            autocompletion=_choices("strategy"),
         ),
     ] = None
     semantics: Annotated[
@@ -213,6 +217,10 @@ class InvertOptions(ModelOptions):
     ] = None
     division: Annotated[
         int | None, _option("--division", panel=_SCHEDULE, help="Images of each trajectory under rebirth.")
+    ] = None
+    merge_to: Annotated[
+        float | None,
+        _option("--merge-to", panel=_SCHEDULE, help="Share of the patches left as tokens under fusion: 0.25."),
     ] = None
     jitter: Annotated[
         str | None,
@@ -268,6 +276,7 @@ class InvertOptions(ModelOptions):
             "iterations",
             "ranking",
             "division",
+            "merge_to",
             "jitter",
             "best",
             "batch_size",

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from smi.cli_options import InvertOptions
 from smi.cli_progress import emit
+from smi.errors import SmiError
 
 if TYPE_CHECKING:
     from smi.config import Config
@@ -32,6 +33,8 @@ def schedule(options: InvertOptions) -> None:
       smi schedule embedded:teacher --schedule cosine --sparsity 0.8 --iterations 1000
     """
     config = options.make_config()
+    if config.strategy == "fusion":
+        raise SmiError("strategy 'fusion' prunes nothing, so there is no schedule; `smi plan` tells what it costs.")
     model = options.load(config)
     config = options.fit_schedule(config, model)
 

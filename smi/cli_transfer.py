@@ -90,6 +90,7 @@ class TransferOptions(ModelOptions):
             device=resolve_device(self.device),
             precision=config.precision,
             ranking=config.model_ranking,
+            merge_to=config.model_merge_to,
             backend=self.backend,
         )
         return Synthesis(teacher, config, on_iteration)

@@ -43,13 +43,15 @@ class Config:
     Attributes:
         strategy: which patches are fed: all (``dense``), the highest ranked (``sparse``), or a random choice of the
             same number (``random``, the control that every claim about ranking needs); ``rebirth`` takes the highest
-            ranked out as a finished image and goes on with the rest. Dense and rebirth ignore the schedule.
+            ranked out as a finished image and goes on with the rest; ``fusion`` feeds all and merges alike tokens
+            inside the network (Bolya et al., "Token Merging", ICLR 2023). Only sparse and random use the schedule.
         semantics: ``strict`` is what the paper says (a stopped patch is a constant), ``official`` what its published
             code does (it goes on moving under the priors and Adam). See `resolved`.
         iterations: number of update steps T.
         prune_at: iterations t at which patches are stopped, 1 <= t < T, increasing, no two adjacent.
         prune_ratio: share r of the surviving patches stopped at each, 0 < r < 1; floor(K (1 - r)) go on.
         division: v of ``rebirth``: sparse images of each trajectory, of which each has floor(N / v) of N patches.
+        merge_to: share of the patches that ``fusion`` leaves as tokens in front of the last block, in (0, 1].
         ranking: what patches are ranked by; ``auto`` takes the best signal the model has, the other attentions as in
             `smi.SparseModel`. ``gradient_input`` is the sum over a patch's pixels of |gradient of the loss x pixel|
             (Shrikumar et al., "Not Just a Black Box", 2016), ``random`` each image's own draw.
@@ -76,12 +78,13 @@ class Config:
         snapshots: of how many images of each batch to keep 8-bit pictures at every pruning, for reports.
     """
 
-    strategy: Literal["dense", "sparse", "random", "rebirth"] = "sparse"
+    strategy: Literal["dense", "sparse", "random", "rebirth", "fusion"] = "sparse"
     semantics: Semantics = "strict"
     iterations: int = 4000
     prune_at: tuple[int, ...] = (50, 100, 200, 300)
     prune_ratio: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
     division: int = 4
+    merge_to: float = 0.25
     ranking: Ranking = "auto"
     cross_entropy: float = 1.0
     tv1: float = 0.0
@@ -133,6 +136,8 @@ class Config:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise SmiError(f"{name} is {value}; expected a finite number >= 0.")
+        if not 0 < self.merge_to <= 1:
+            raise SmiError(f"merge_to is {self.merge_to}; expected a share of the patches above 0, at most 1.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SmiError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
@@ -181,6 +186,11 @@ class Config:
         return "auto" if self.ranking == "gradient_input" or self.ranking == "random" else self.ranking
 
     @property
+    def model_merge_to(self) -> float | None:
+        """`merge_to` where the model has to merge, else None."""
+        return self.merge_to if self.strategy == "fusion" else None
+
+    @property
     def images_per_trajectory(self) -> int:
         """Results of one optimised image: `division` under ``rebirth``, else 1."""
         return self.division if self.strategy == "rebirth" else 1
@@ -194,7 +204,7 @@ class Config:
             "stopped": "frozen" if strict else "evolve",
             "norm": "image" if strict else "batch",
             "result_mask": "carried"
-            if strict or self.strategy == "rebirth" or self.ranking == "random"
+            if strict or self.strategy in ("rebirth", "fusion") or self.ranking == "random"
             else "reranked",
         }
         return dataclasses.replace(self, **{k: v for k, v in follow.items() if getattr(self, k) is None})
@@ -207,7 +217,7 @@ class Config:
         """
         kept = num_patches
         result: dict[int, int] = {}
-        if self.strategy == "dense":
+        if self.strategy in ("dense", "fusion"):
             return result
         if self.strategy == "rebirth":
             if num_patches < self.division:

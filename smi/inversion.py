@@ -78,6 +78,7 @@ class Inversion:
                 precision=self.config.precision,
                 ranking=self.config.model_ranking,
                 backend=backend,
+                merge_to=self.config.model_merge_to,
             )
         check_fit(model, self.config)
         self.model = model
@@ -439,6 +440,11 @@ def check_fit(model: SparseModel, config: Config) -> None:
     if config.model_ranking not in ("auto", model.info.ranking):
         raise SmiError(
             f"the model ranks by {model.info.ranking}, the config asks for {config.ranking}; give both the same."
+        )
+    if model.merge_to != config.model_merge_to:
+        raise SmiError(
+            f"the model was made with merge_to={model.merge_to}, the config asks for {config.model_merge_to} (strategy "
+            f"{config.strategy!r}); give both the same."
         )
     if config.cross_entropy and not model.has_head:
         raise SmiError(

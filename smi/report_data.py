@@ -226,7 +226,8 @@ class Tally:
             tally.stops.add(phase.stop)
         self.tokens_dense += iterations * images * (patches + prefix)
         first = result.phases[0] if result.phases else None
-        if first is None or first.kept != patches or first.flops == 0 or self.flops_dense is None:
+        merged = self.config.strategy == "fusion"  # then what fed all patches did less than a dense iteration
+        if first is None or first.kept != patches or first.flops == 0 or merged or self.flops_dense is None:
             self.flops_dense = None
         else:
             self.flops_dense += repeat * first.flops * iterations // (first.stop - first.start)

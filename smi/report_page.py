@@ -364,7 +364,12 @@ class _Page:
             "respect to the images, a multiply-add as two. <b>Tokens</b> are counted: patches fed plus "
             f"{_count(tally.info.num_prefix_tokens, 'prefix token')}, for each image and iteration."
         )
-        if tally.config.strategy != "dense":
+        if tally.config.strategy == "fusion":
+            note += (
+                f" Tokens are merged inside the network, to {tally.config.merge_to:.0%} of the patches in front of the "
+                "last block: the FLOPs count that, the tokens do not."
+            )
+        elif tally.config.strategy != "dense":
             note += (
                 " <b>Dense</b> is calculated for the same images and iterations with every patch fed: the FLOPs of an "
                 "iteration of the first phase, which feeds all patches, times the iterations. It was not run, so its "

@@ -72,6 +72,10 @@ class Dense(Strategy):
     ranks_from_model = False
 
 
+class Fusion(Dense):
+    """All patches, always; the network merges alike tokens: Bolya et al., "Token Merging", ICLR 2023."""
+
+
 class Sparse(Strategy):
     """The highest-ranked patches go on: Hu et al., "Sparse Model Inversion", ICML 2024, section 3.2."""
 
@@ -100,4 +104,10 @@ class Rebirth(Strategy):
         return without(keep, best)
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"dense": Dense, "sparse": Sparse, "random": Random, "rebirth": Rebirth}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "dense": Dense,
+    "sparse": Sparse,
+    "random": Random,
+    "rebirth": Rebirth,
+    "fusion": Fusion,
+}

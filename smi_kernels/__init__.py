@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smi_kernels.patch_embed.reference import augment, embed_patches, gather_patches, map_cells
     from smi_kernels.pixel_update.reference import patch_mask
     from smi_kernels.profiling import Operation, ceilings, proton, record_operations, timed
+    from smi_kernels.token_merge.reference import match_tokens, merge_counts, merge_tokens
     from smi_kernels.vit import SparseViT
 
 _HOME = {
@@ -37,6 +38,9 @@ _HOME = {
     "gather_patches": "patch_embed.reference",
     "l2_norm": "api",
     "map_cells": "patch_embed.reference",
+    "match_tokens": "token_merge.reference",
+    "merge_counts": "token_merge.reference",
+    "merge_tokens": "token_merge.reference",
     "patch_mask": "pixel_update.reference",
     "proton": "profiling",
     "received_attention": "attention.reference",
@@ -63,6 +67,9 @@ __all__ = [
     "gather_patches",
     "l2_norm",
     "map_cells",
+    "match_tokens",
+    "merge_counts",
+    "merge_tokens",
     "patch_mask",
     "proton",
     "received_attention",

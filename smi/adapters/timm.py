@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import smi_kernels
 import smi_kernels.backends
 from smi.adapters.rollout import attention_rollout
+from smi.adapters.timm_merge import merge_inside, merging_reasons
 from smi.adapters.timm_slots import AttentionTap, EmbedSlot, GatherSlot, frozen_twin
 from smi.config import ModelRanking, Precision
 from smi.errors import SmiError, did_you_mean
@@ -86,6 +87,8 @@ class SparseModel:
         backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``cuda`` both
             on a GPU, ``reference`` timm's own modules; ``auto`` takes what is made for the device where it can run
             this model.
+        merge_to: share of the patches that merging inside the blocks leaves as tokens, see `smi.Config.merge_to`; None
+            merges nothing and feeds through timm's own blocks.
 
     Attributes:
         info: identity and geometry.
@@ -116,10 +119,16 @@ class SparseModel:
         std: Sequence[float] | None = None,
         class_names: Sequence[str] = (),
         backend: str = "auto",
+        merge_to: float | None = None,
     ) -> None:
         reasons = unsupported_reasons(model)
         if reasons:
             raise SmiError(f"{type(model).__name__} is not supported: {'; '.join(reasons)}.")
+        if merge_to is not None and (reasons := merging_reasons(model)):
+            raise SmiError(
+                f"tokens cannot be merged inside {type(model).__name__}: {'; '.join(reasons)}. Use another strategy "
+                f"than fusion."
+            )
         self._original = model
         self.has_head = bool(model.num_classes)
         self.precision = precision
@@ -149,6 +158,7 @@ class SparseModel:
                 if hasattr(part, "fused_attn"):
                     part.fused_attn = True  # the tap sees fused calls; the result is the same
         self._twin = twin
+        self.merge_to = merge_to
         self._features: dict[str, Tensor] = {}
         self._hooks: dict[str, Any] = {}
 
@@ -179,7 +189,11 @@ class SparseModel:
         self.vit: smi_kernels.SparseViT | None = None
         if not self.against_kernels:
             self.vit = smi_kernels.SparseViT.from_timm(model, precision, device=self.device)
+        self._merges = False
         self.difference = self._check_dense(probe, expected)
+        if merge_to is not None:
+            merge_inside(twin, merge_to)
+            self._merges = True
 
     def __call__(
         self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
@@ -196,10 +210,12 @@ class SparseModel:
             logits (B, classes), and (B, K) scores in the order of `cells`, or None; both in the dtype of `images`.
 
         Raises:
-            SmiError: images of another size than the model's, or `restore` was called.
+            SmiError: images of another size than the model's, scores while tokens are merged, or `restore` was called.
         """
         if self._twin is None:
             raise SmiError("this SparseModel was restored; make a new one of the model.")
+        if scores and self._merges:
+            raise SmiError("scores of patches are not to be had while tokens are merged; make one without merge_to.")
         if images.shape[1:] != self.info.input_size:
             C, H, W = self.info.input_size
             raise SmiError(
@@ -234,8 +250,10 @@ class SparseModel:
             images, cells: as for a call; tokens are prefix tokens and cells, in that order.
 
         Raises:
-            SmiError: a block that makes no fused attention call, or several.
+            SmiError: a block that makes no fused attention call, or several; tokens are merged.
         """
+        if self._merges:
+            raise SmiError("attention maps are not to be had while tokens are merged; make one without merge_to.")
         for block in self._twin.blocks:
             for part in block.modules():
                 if hasattr(part, "fused_attn"):
@@ -337,6 +355,8 @@ class SparseModel:
             *smi_kernels.backends.reasons_against(name, self.device),
             *smi_kernels.unsupported_reasons(self._original),
         ]
+        if self.merge_to is not None:
+            reasons.append("tokens are merged inside the network, which they do not do")
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
         if self._ranking not in ("class_attention", "attention_rollout"):

@@ -1,0 +1,1 @@
+"""Merging of alike tokens inside the network."""
