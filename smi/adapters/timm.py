@@ -88,6 +88,7 @@ class SparseModel:
             this model.
 
     Attributes:
+        original: the caller's model.
         info: identity and geometry.
         backend: ``triton``, ``cpu``, ``cuda`` or ``reference``.
         against_kernels: every reason why `backend` is ``reference``.
@@ -120,7 +121,7 @@ class SparseModel:
         reasons = unsupported_reasons(model)
         if reasons:
             raise SmiError(f"{type(model).__name__} is not supported: {'; '.join(reasons)}.")
-        self._original = model
+        self.original = model
         self.has_head = bool(model.num_classes)
         self.precision = precision
         first = next(model.parameters())
@@ -253,7 +254,7 @@ class SparseModel:
 
     def _of_all_blocks(self, calls: list[tuple[Tensor, Tensor, float]]) -> list[tuple[Tensor, Tensor, float]]:
         if len(calls) != self.depth + (self._twin.attn_pool is not None):
-            name = type(self._original).__name__
+            name = type(self.original).__name__
             raise SmiError(f"{name} has no single attention in each block, so it has no maps to give.")
         return calls[: self.depth]
 
@@ -318,7 +319,7 @@ class SparseModel:
         self._hooks.clear()
         self._features.clear()
         self._twin = self.vit = None
-        return self._original
+        return self.original
 
     def _choose_backend(self, wanted: str) -> tuple[list[str], str]:
         """Every reason why `feed` does not run on fused kernels, and what it runs on.
@@ -335,7 +336,7 @@ class SparseModel:
         name = smi_kernels.backends.preferred(self.device) if wanted == "auto" else wanted
         reasons = [
             *smi_kernels.backends.reasons_against(name, self.device),
-            *smi_kernels.unsupported_reasons(self._original),
+            *smi_kernels.unsupported_reasons(self.original),
         ]
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
