@@ -18,6 +18,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from smi._version import __version__
+from smi.cli_losses import losses
 from smi.cli_options import (
     EMBEDDED_TEACHER,
     InvertOptions,
@@ -142,6 +143,8 @@ def invert(options: InvertOptions) -> None:
       smi invert vit_small_patch16_224 --preset fast --time-budget 30m
 
       smi invert deit_tiny_patch16_224 --prune-at 50,100 --prune-ratio .3,.3
+
+      smi invert embedded:teacher --loss margin:weight=0.5 --loss low_pass:cutoff=0.3,weight=0.1
     """
     if options.dry_run:
         _plan(options)
@@ -166,6 +169,7 @@ def _invert(options: InvertOptions) -> None:
     config = options.make_config()
     model = options.load(config)
     config = options.fit_schedule(config, model)
+    objectives = options.make_objectives(model)
     plan = options.make_plan(model.info, config)
     out = options.pool(config)
 
@@ -188,6 +192,7 @@ def _invert(options: InvertOptions) -> None:
                 out=str(out),
                 model=asdict(model.info),
                 config=config.to_dict(),
+                objectives=[term.identity for term in objectives],
                 device=model.where,
                 images=len(plan.targets),
                 batches=plan.num_batches,
@@ -204,6 +209,7 @@ def _invert(options: InvertOptions) -> None:
             join=options.join,
             shard=None if options.shard is None else parse_shard(options.shard),
             time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
+            objectives=objectives,
             on_open=opened,
             on_iteration=reporter.iteration,
             on_batch=reporter.batch,
@@ -250,7 +256,7 @@ def _plan(options: InvertOptions) -> None:
 
     from smi.predict import predict
 
-    prediction = predict(model, plan, config)
+    prediction = predict(model, plan, config, objectives=options.make_objectives(model))
     if options.json:
         emit(
             "plan",
@@ -343,6 +349,7 @@ _WITH_OPTIONS = (
     (profile, ProfileOptions),
 )
 app.add_typer(pool_app, name="pool")
+app.command()(losses)
 for _command_function, _options_class in _WITH_OPTIONS:
     app.command()(command_options(_options_class)(_command_function))
 
@@ -458,6 +465,7 @@ def info(
         "made": f"{manifest['created']} on {manifest['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "method": f"{config.strategy}, {config.semantics}, {config.iterations} iterations, seed {config.seed}",
+        "losses": ", ".join(opened.objectives) or "those of the config",
         "schedule": ", ".join([f"all {opened.info.num_patches} patches", *stages]),
         "classes": f"{len(set(opened.plan.targets))} of {opened.info.num_classes}",
     }

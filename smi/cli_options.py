@@ -13,10 +13,12 @@ import typer
 
 from smi.config import PRESETS, Config, preset
 from smi.errors import SmiError, did_you_mean
+from smi.named_losses import NAMED, make_losses, parse_loss
 from smi.state import ModelInfo, WorkPlan
 
 if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
+    from smi.objectives import Objective
 
 EMBEDDED_TEACHER = "embedded:teacher"
 # With the demo preset and no number asked for: a sheet of four images for each of the ten classes.
@@ -236,6 +238,16 @@ class InvertOptions(ModelOptions):
     tv1: Annotated[float | None, _option("--tv1", panel=_OBJECTIVES, help="Total variation, absolute.")] = None
     tv2: Annotated[float | None, _option("--tv2", panel=_OBJECTIVES, help="Total variation, squared.")] = None
     l2: Annotated[float | None, _option("--l2", panel=_OBJECTIVES, help="Norm of the image.")] = None
+    loss: Annotated[
+        list[str] | None,
+        _option(
+            "--loss",
+            panel=_OBJECTIVES,
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another loss, e.g. margin:weight=0.1; smi losses lists them. Repeatable.",
+            autocompletion=lambda: list(NAMED),
+        ),
+    ] = None
     learning_rate: Annotated[
         float | None, _option("--lr", panel=_OBJECTIVES, help="Adam's step on the normalised pixels.")
     ] = None
@@ -300,6 +312,8 @@ class InvertOptions(ModelOptions):
             parse_duration(self.time_budget)
         if self.shard is not None:
             parse_shard(self.shard)
+        for text in self.loss or ():
+            parse_loss(text)
 
     @property
     def demo(self) -> bool:
@@ -342,6 +356,10 @@ class InvertOptions(ModelOptions):
             budget=self.budget,
             flops=lambda kept: count_flops(model, kept),
         )
+
+    def make_objectives(self, model: SparseModel) -> list[Objective]:
+        """What every --loss names, for inverting `model`. Raises `SmiError` as `smi.named_losses.make_losses`."""
+        return make_losses([parse_loss(text) for text in self.loss or ()], model)
 
     def make_plan(self, info: ModelInfo, config: Config) -> WorkPlan:
         """The targets: every class unless --classes, one batch (demo: 40 images) unless a number was given."""

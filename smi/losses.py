@@ -19,10 +19,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.adapters.timm import SparseModel, unsupported_reasons
+from smi.adapters.timm import SparseModel, unsupported_reasons, weights_hash
 from smi.adapters.timm_slots import frozen_twin
 from smi.errors import SmiError
-from smi.objectives import Context, Objective
+from smi.objectives import Context, Objective, described
 from smi.state import ModelInfo
 from smi.token_losses import head_similarity, patch_similarity_entropy
 
@@ -63,7 +63,7 @@ def margin(confidence: float | None = None, *, weight: float = 1.0) -> Objective
         value = others - logits.gather(1, classes)[:, 0]
         return value if confidence is None else value.clamp_min(-confidence)
 
-    return Objective(term, weight, "margin")
+    return Objective(term, weight, "margin", description=described("margin", confidence=confidence))
 
 
 def bce(labels: Tensor | Sequence[Any], *, weight: float = 1.0) -> Objective:
@@ -88,7 +88,7 @@ def bce(labels: Tensor | Sequence[Any], *, weight: float = 1.0) -> Objective:
         goal = _broadcast("labels", wanted, context.logits)
         return F.binary_cross_entropy_with_logits(context.logits, goal, reduction="none").mean(1)
 
-    return Objective(term, weight, "bce")
+    return Objective(term, weight, "bce", description=described("bce", labels=wanted))
 
 
 def embedding(
@@ -123,7 +123,8 @@ def embedding(
         goal = _broadcast("target", wanted, found)
         return 1 - F.cosine_similarity(found, goal) if distance == "cosine" else (found - goal).norm(dim=1)
 
-    return Objective(term, weight, "embedding", features=(feature,))
+    description = described("embedding", target=wanted, distance=distance, feature=feature)
+    return Objective(term, weight, "embedding", features=(feature,), description=description)
 
 
 def low_pass(cutoff: float = 0.25, *, weight: float = 1.0) -> Objective:
@@ -149,7 +150,7 @@ def low_pass(cutoff: float = 0.25, *, weight: float = 1.0) -> Objective:
         spectrum = torch.fft.fft2(images, norm="ortho")
         return ((spectrum.real.square() + spectrum.imag.square()) * above).mean((1, 2, 3))
 
-    return Objective(term, weight, "low_pass")
+    return Objective(term, weight, "low_pass", description=described("low_pass", cutoff=cutoff))
 
 
 def batch_norm_statistics(
@@ -202,7 +203,10 @@ def batch_norm_statistics(
         finally:
             seen.clear()  # or the graph of this iteration would outlive it
 
-    return Objective(term, weight, "batch_norm_statistics")
+    description = described(
+        "batch_norm_statistics", network=weights_hash(network)[:16], per_image=per_image, **view.says
+    )
+    return Objective(term, weight, "batch_norm_statistics", description=description)
 
 
 def _distance_of_statistics(layer: nn.BatchNorm2d, x: Tensor, per_image: bool) -> Tensor:
@@ -229,7 +233,8 @@ def adversarial(
     2020, section 3.3 (Adaptive DeepInversion), in natural logarithms.
 
     A student that can be fed patches of the same grid is fed the kept ones; any other sees the augmented image. It is
-    taken as it is at each iteration, in evaluation mode: its weights are shared, so training in place is seen here.
+    taken as it is at each iteration, in evaluation mode: its weights are shared, so training in place is seen here. It
+    is described by the weights that it has when the loss is made.
 
     Args:
         student: with the classes of the inverted model; not modified.
@@ -259,7 +264,8 @@ def adversarial(
             )
         return 1 - _jensen_shannon(context.logits, logits.to(context.logits.dtype))
 
-    return Objective(term, weight, "adversarial")
+    description = described("adversarial", student=weights_hash(student)[:16], **view.says)
+    return Objective(term, weight, "adversarial", description=description)
 
 
 def _jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
@@ -277,7 +283,11 @@ def _same_patches(student: Any, info: ModelInfo) -> bool:
 
 
 class _View:
-    """How another network sees the pixels of the inverted model: in its own normalisation, size and dtype."""
+    """How another network sees the pixels of the inverted model: in its own normalisation, size and dtype.
+
+    Attributes:
+        says: mean, std and size, for a description.
+    """
 
     def __init__(
         self,
@@ -303,6 +313,7 @@ class _View:
             _Constant(torch.tensor(v, dtype=torch.float64).view(-1, 1, 1)) for v in (scale, shift)
         )
         self._size = size
+        self.says = {**{name: tuple(map(float, values)) for name, values in theirs.items()}, "size": size}
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) as the network normalises; differentiable."""

@@ -5,10 +5,12 @@ A term sees the same things whatever the strategy, so a loss written for dense i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +86,8 @@ class Objective:
             What waits for the device, or reads ``context.step``, is found out and runs outside of graphs, with a note.
         differentiates: whether it asks autograd for derivatives of the logits itself, as a gradient penalty does. The
             network then runs through autograd, which fused iterations do without.
+        description: what `function` computes, in words that change when that does, such as ``margin(confidence=5.0)``;
+            see `identity`. Those of `smi.losses` describe themselves.
     """
 
     function: Callable[[Context], Tensor]
@@ -92,12 +96,36 @@ class Objective:
     features: tuple[str, ...] = ()
     capturable: bool = True
     differentiates: bool = False
+    description: str = ""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise SmiError(f"the weight of an objective is {self.weight}; expected a finite number.")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    def identity(self) -> str:
+        """What a pool remembers of this term, and asks for when it is resumed: the weight and the description.
+
+        A function without a description is known by its name alone, and the text says so: two functions of one name
+        are then taken for the same.
+        """
+        return f"{self.weight!r} * {self.description or f'{self.name} (known by its name alone)'}"
+
+
+def described(name: str, **settings: Any) -> str:
+    """``name(key=value, ...)`` for `Objective.description`; of a tensor, the hash of its shape, dtype and bytes."""
+    return f"{name}({', '.join(f'{key}={_written(value)}' for key, value in settings.items())})"
+
+
+def _written(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    held = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(held.shape)} {held.dtype}\n".encode())
+    digest.update(held.flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def cross_entropy(context: Context) -> Tensor:
@@ -143,6 +171,11 @@ class Objectives:
                 raise SmiError(f"two objectives are called {name!r}; give one of them another name=.")
         if not self.terms:
             raise SmiError("every objective has weight 0, so there is nothing to minimise; give one a positive weight.")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """`Objective.identity` of each term that the config does not hold, in order."""
+        return tuple(term.identity for term in self.extra)
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ import platform
 import re
 import secrets
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -59,7 +59,8 @@ class PoolWriter:
 
     Args:
         path: folder; parents are made.
-        info, config, plan: what the pool is; a pool that is there already must have been made with the same.
+        info, config, plan, objectives: what the pool is; one that is there already must have been made with the same.
+            ``objectives`` are the terms of the loss beyond the config's, see `smi.objectives.Objectives.identity`.
         device: where it is made, for the record only.
         overwrite: start over. Only files named as a pool names them are removed, and only from a pool.
         alone: whether no other run writes to it; then what interrupted ones left behind is removed.
@@ -77,10 +78,12 @@ class PoolWriter:
         plan: WorkPlan,
         *,
         device: str,
+        objectives: Sequence[str] = (),
         overwrite: bool = False,
         alone: bool = True,
     ) -> None:
         self.path, self.info, self.config, self.plan = Path(path), info, config.resolved(), plan
+        self.objectives = tuple(objectives)
         try:
             _check_plan(info, plan)
         except ValueError as error:
@@ -145,6 +148,13 @@ class PoolWriter:
                         f"the pool {str(self.path)!r} was made with {_difference(field.name, old, new)}; "
                         f"choose another folder, or start it over with overwrite (--overwrite)."
                     )
+        if self.objectives != pool.objectives:
+            losses = _different_losses(pool.objectives, self.objectives)
+            raise SmiError(
+                f"the pool {str(self.path)!r} was made with {losses}; give "
+                f"the same losses in the same order, choose another folder, or start it over with overwrite "
+                f"(--overwrite)."
+            )
 
     def _clean(self, overwrite: bool) -> None:
         """Remove what interrupted writes left behind; on `overwrite` also the batches, while the manifest stays: a
@@ -161,6 +171,7 @@ class PoolWriter:
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": dataclasses.asdict(self.info),
             "config": self.config.to_dict(),
+            "objectives": list(self.objectives),
             "plan": dataclasses.asdict(self.plan),
             "versions": {
                 "smi": __version__,
@@ -179,6 +190,7 @@ class Pool:
         path: the folder.
         manifest: what ``manifest.json`` says.
         info, config, plan: the same as values.
+        objectives: terms of the loss beyond the config's; none in pools of versions that did not record them.
         batches: numbers of the batches present, in order.
 
     Raises:
@@ -192,6 +204,7 @@ class Pool:
             self.info = _build(ModelInfo, self.manifest["model"])
             self.config = Config.from_dict(self.manifest["config"])
             self.plan = _build(WorkPlan, self.manifest["plan"])
+            self.objectives = _texts("objectives", self.manifest.get("objectives", []))
             _check_plan(self.info, self.plan)
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged_manifest(self.path, error) from None
@@ -366,6 +379,18 @@ def _fits(value: Any, hint: Any) -> bool:
         items = items[:1] * len(value) if items[-1] is Ellipsis else items
         return len(value) == len(items) and all(map(_fits, value, items))
     return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
+
+
+def _different_losses(old: Sequence[str], new: Sequence[str]) -> str:
+    """Says the losses of a pool and of this run, for a message."""
+    theirs, ours = (" + ".join(losses) or "none of its own" for losses in (old, new))
+    return f"the losses {theirs}, this run has {ours}"
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name} is {str(value)[:60]}, expected a list of texts")
+    return tuple(value)
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

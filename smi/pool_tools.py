@@ -87,7 +87,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
     pools = [Pool(part) for part in parts]
     first = pools[0]
     for other in pools[1:]:
-        for what in ("info", "config", "plan"):
+        for what in _names:
             if getattr(other, what) != getattr(first, what):
                 raise SmiError(
                     f"{str(other.path)!r} and {str(first.path)!r} differ in their {_names[what]}; only parts of one "
@@ -95,7 +95,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
                 )
     _check_doubles(pools)
     with Workers(Path(out)):
-        writer = PoolWriter(out, first.info, first.config, first.plan, device=str(first.manifest["device"]))
+        where = str(first.manifest["device"])
+        writer = PoolWriter(out, first.info, first.config, first.plan, device=where, objectives=first.objectives)
         for pool in pools:
             for batch in pool.batches:
                 if batch not in writer.present:
@@ -103,7 +104,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
     return Pool(out)
 
 
-_names = {"info": "model", "config": "config", "plan": "work plan"}
+_names = {"info": "model", "config": "config", "plan": "work plan", "objectives": "losses"}
 
 
 def _check_doubles(pools: Sequence[Pool]) -> None:

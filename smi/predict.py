@@ -13,7 +13,7 @@ import torch
 
 from smi.flops import count_flops, probe_inputs
 from smi.inversion import Inversion
-from smi.objectives import BUILT_IN, Objectives
+from smi.objectives import BUILT_IN, Objective, Objectives
 
 if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
@@ -73,7 +73,7 @@ class Prediction:
 
 
 def predict(
-    model: SparseModel, plan: WorkPlan, config: Config, *, objectives: Sequence[Callable[..., Any]] = ()
+    model: SparseModel, plan: WorkPlan, config: Config, *, objectives: Sequence[Objective | Callable[..., Any]] = ()
 ) -> Prediction:
     """Count, time and add up. Takes about two seconds for each phase of the schedule.
 
@@ -134,7 +134,11 @@ def _estimate_memory(model: SparseModel, batch: int) -> int:
 
 
 def _disk_bytes(
-    model: SparseModel, plan: WorkPlan, config: Config, kept: list[int], objectives: Sequence[Callable[..., Any]]
+    model: SparseModel,
+    plan: WorkPlan,
+    config: Config,
+    kept: list[int],
+    objectives: Sequence[Objective | Callable[..., Any]],
 ) -> int:
     """Sizes of the tensors of a shard, see `smi.pool`, and of the pictures uncompressed."""
     info, images = model.info, len(plan.targets)
@@ -147,7 +151,11 @@ def _disk_bytes(
 
 
 def _time_phases(
-    model: SparseModel, plan: WorkPlan, config: Config, phases: int, objectives: Sequence[Callable[..., Any]]
+    model: SparseModel,
+    plan: WorkPlan,
+    config: Config,
+    phases: int,
+    objectives: Sequence[Objective | Callable[..., Any]],
 ) -> tuple[list[float], int | None]:
     """Seconds of one iteration of a full batch in each phase, and on a GPU the peak bytes of that batch.
 

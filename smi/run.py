@@ -15,7 +15,7 @@ import torch
 
 from smi.errors import SmiError
 from smi.inversion import Inversion, check_fit
-from smi.objectives import Objectives
+from smi.objectives import Objective, Objectives
 from smi.pool import PoolWriter
 from smi.state import Result, joined
 from smi.workers import Workers
@@ -66,7 +66,7 @@ def run(
     join: bool = False,
     shard: tuple[int, int] | None = None,
     time_budget: float | None = None,
-    objectives: Sequence[Callable[..., Any]] = (),
+    objectives: Sequence[Objective | Callable[..., Any]] = (),
     on_open: Callable[[list[int]], None] | None = None,
     on_iteration: Callable[[int, Inversion], None] | None = None,
     on_batch: Callable[[int, Result, float], None] | None = None,
@@ -83,7 +83,8 @@ def run(
         shard: (i, n) makes the batches i, i + n, i + 2 n, ... alone.
         time_budget: seconds; a batch that would end later, judged by the slowest one finished, is not started. One
             batch is made in any case. None: no limit.
-        objectives: further terms of the loss, as for `Inversion`.
+        objectives: further terms of the loss, as for `Inversion`. The pool remembers what they are
+            (`smi.Objective.identity`); of a function that does not describe itself, the name and the weight alone.
         on_open: called once with the numbers of the missing batches, before the first starts.
         on_iteration: called again and again (see `Inversion.run`) with the batch number and the loop object; reading
             losses from it may wait for the device.
@@ -95,7 +96,7 @@ def run(
     started = time.monotonic()
     # What the first batch would refuse must not leave an empty pool behind.
     check_fit(model, config)
-    Objectives(config, objectives)
+    terms = Objectives(config, objectives)
     if join and overwrite:
         raise SmiError("join and overwrite exclude each other: the others' batches would go. Leave one of them out.")
     part, parts = shard or (0, 1)
@@ -108,7 +109,14 @@ def run(
 
     with Workers(Path(out), together=join) as workers:
         writer = PoolWriter(
-            out, model.info, config, plan, device=model.where, overwrite=overwrite, alone=not workers.others()
+            out,
+            model.info,
+            config,
+            plan,
+            device=model.where,
+            objectives=terms.identity,
+            overwrite=overwrite,
+            alone=not workers.others(),
         )
         found = set(mine) & set(writer.present)
         if on_open is not None:
@@ -166,7 +174,7 @@ def invert_batch(
     plan: WorkPlan,
     config: Config,
     batch: int,
-    objectives: Sequence[Callable[..., Any]] = (),
+    objectives: Sequence[Objective | Callable[..., Any]] = (),
     on_iteration: Callable[[int, Inversion], None] | None = None,
 ) -> Result:
     """Batch `batch` of the plan; arguments as for `run`.
@@ -197,7 +205,7 @@ def _invert(
     plan: WorkPlan,
     config: Config,
     indices: list[int],
-    objectives: Sequence[Callable[..., Any]],
+    objectives: Sequence[Objective | Callable[..., Any]],
     report: Callable[[Inversion], None] | None,
 ) -> Result:
     targets = [plan.targets[i] for i in indices]

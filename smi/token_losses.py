@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from smi.errors import SmiError
-from smi.objectives import Context, Objective
+from smi.objectives import Context, Objective, described
 
 _POINTS = 64  # at which the density of similarities is taken
 _REACH = 3.0  # bandwidths beyond -1 and 1 to which it is followed
@@ -43,7 +43,8 @@ def patch_similarity_entropy(
     """
     if not (math.isfinite(bandwidth) and bandwidth >= 0.05):
         raise SmiError(f"bandwidth is {bandwidth}; expected at least 0.05 (similarities reach from -1 to 1).")
-    names = tuple(f"blocks.{number}.attn" for number in _chosen(model, blocks))
+    numbers = _chosen(model, blocks)
+    names = tuple(f"blocks.{number}.attn" for number in numbers)
     _attention_of(model, names)
 
     def term(context: Context) -> Tensor:
@@ -53,7 +54,8 @@ def patch_similarity_entropy(
         ]
         return -torch.stack(entropies).sum(0)
 
-    return Objective(term, weight, "patch_similarity_entropy", features=names)
+    description = described("patch_similarity_entropy", blocks=numbers, bandwidth=bandwidth)
+    return Objective(term, weight, "patch_similarity_entropy", features=names, description=description)
 
 
 def _entropy(patches: Tensor, bandwidth: float) -> Tensor:
@@ -115,7 +117,10 @@ def head_similarity(model: nn.Module, *, blocks: Sequence[int] | None = None, we
             )
         return torch.stack(found).mean(0)
 
-    return Objective(term, weight, "head_similarity", features=tuple(itertools.chain(*pairs)))
+    features = tuple(itertools.chain(*pairs))
+    return Objective(
+        term, weight, "head_similarity", features=features, description=described("head_similarity", blocks=numbers)
+    )
 
 
 def _unlikeness(query: Tensor, key: Tensor, scale: float, K: int) -> Tensor:

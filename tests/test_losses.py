@@ -65,7 +65,7 @@ def seen(
     objective: Objective, sparse: SparseModel, images: Tensor, keep: Tensor | None = KEEP, per_image: bool = True
 ) -> Context:
     """What `objective` sees of `images` fed the patches `keep`."""
-    watching = SparseModel(sparse._original, backend="reference", mean=sparse.info.mean, std=sparse.info.std)
+    watching = SparseModel(sparse.original, backend="reference", mean=sparse.info.mean, std=sparse.info.std)
     watching.watch(objective.features)
     logits, _ = watching(images, keep)
     everything = torch.arange(N).repeat(len(images), 1)

@@ -91,6 +91,7 @@ class SparseModel:
             merges nothing and feeds through timm's own blocks.
 
     Attributes:
+        original: the caller's model.
         info: identity and geometry.
         backend: ``triton``, ``cpu``, ``cuda`` or ``reference``.
         against_kernels: every reason why `backend` is ``reference``.
@@ -129,7 +130,7 @@ class SparseModel:
                 f"tokens cannot be merged inside {type(model).__name__}: {'; '.join(reasons)}. Use another strategy "
                 f"than fusion."
             )
-        self._original = model
+        self.original = model
         self.has_head = bool(model.num_classes)
         self.precision = precision
         first = next(model.parameters())
@@ -271,7 +272,7 @@ class SparseModel:
 
     def _of_all_blocks(self, calls: list[tuple[Tensor, Tensor, float]]) -> list[tuple[Tensor, Tensor, float]]:
         if len(calls) != self.depth + (self._twin.attn_pool is not None):
-            name = type(self._original).__name__
+            name = type(self.original).__name__
             raise SmiError(f"{name} has no single attention in each block, so it has no maps to give.")
         return calls[: self.depth]
 
@@ -336,7 +337,7 @@ class SparseModel:
         self._hooks.clear()
         self._features.clear()
         self._twin = self.vit = None
-        return self._original
+        return self.original
 
     def _choose_backend(self, wanted: str) -> tuple[list[str], str]:
         """Every reason why `feed` does not run on fused kernels, and what it runs on.
@@ -353,7 +354,7 @@ class SparseModel:
         name = smi_kernels.backends.preferred(self.device) if wanted == "auto" else wanted
         reasons = [
             *smi_kernels.backends.reasons_against(name, self.device),
-            *smi_kernels.unsupported_reasons(self._original),
+            *smi_kernels.unsupported_reasons(self.original),
         ]
         if self.merge_to is not None:
             reasons.append("tokens are merged inside the network, which they do not do")
