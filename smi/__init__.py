@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from smi.pool import Pool, PoolWriter
     from smi.quantization import Quantized, QuantizedModel, load_quantized, quantize
     from smi.state import ModelInfo, Phase, Result, WorkPlan
+    from smi.text_head import with_text_head
     from smi.transfer import TransferConfig, teach
 
 _HOME = {
@@ -59,6 +60,7 @@ _HOME = {
     "preset": "config",
     "quantize": "quantization",
     "teach": "transfer",
+    "with_text_head": "text_head",
 }
 
 _MODULES = ("losses", "schedules")
@@ -94,6 +96,7 @@ __all__ = [
     "quantize",
     "schedules",
     "teach",
+    "with_text_head",
 ]
 
 

@@ -343,7 +343,8 @@ class Inversion:
 
     def _rank_fused(self, descent: smi_kernels.PixelDescent) -> Tensor:
         """(B, K) scores of the surviving patches, from the fused kernels where they know the signal."""
-        if self.config.model_ranking == self.config.ranking and self.model.info.ranking == "class_attention":
+        assert self.model.vit is not None
+        if self.config.model_ranking == self.config.ranking and self.model.info.ranking == self.model.vit.ranking:
             return descent.rank(self.keep.shape[1])[1]
         return self._rank(self.images, self.keep)
 

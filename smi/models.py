@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from smi import embedded
 from smi.errors import SmiError, did_you_mean
@@ -34,7 +36,8 @@ def load_model(
         checkpoint: ``.safetensors`` or ``.pth``/``.pt``/``.bin`` of that architecture, read without unpickling code;
             a state dict, alone or under ``model``, ``state_dict``, ``state_dict_ema`` or ``model_ema``.
         num_classes: length of the head; default the architecture's own.
-        img_size: input size, for architectures that can change it.
+        img_size: input size, for architectures that can change it; position embeddings of published weights and of
+            `checkpoint` are interpolated to it (bicubic, as timm does).
         pretrained: fetch the published weights when no checkpoint is given; False leaves random weights.
 
     Raises:
@@ -64,12 +67,14 @@ def load_model(
             ) from error
         raise SmiError(f"cannot create {name!r}: {_first_line(error)}.") from error
     if checkpoint is not None:
-        _load_checkpoint(model, name, Path(checkpoint))
+        _load_checkpoint(model, name, Path(checkpoint), resample=img_size is not None)
     return model.eval()
 
 
-def _load_checkpoint(model: nn.Module, name: str, path: Path) -> None:
+def _load_checkpoint(model: Any, name: str, path: Path, resample: bool) -> None:
     state = read_state_dict(path)
+    if resample and "pos_embed" in state and getattr(model, "pos_embed", None) is not None:
+        state["pos_embed"] = _resampled(state["pos_embed"], model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -85,6 +90,18 @@ def _load_checkpoint(model: nn.Module, name: str, path: Path) -> None:
             f"the checkpoint {str(path)!r} is of another architecture than {name}: {example} ({counts}). "
             f"Name its own architecture."
         )
+
+
+def _resampled(position: torch.Tensor, model: Any) -> torch.Tensor:
+    """Position embeddings (1, prefix + cells, D) of a square grid for the model's own; any others as they are."""
+    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    cells = position.shape[1] - prefix if position.ndim == 3 else 0
+    if cells < 1 or math.isqrt(cells) ** 2 != cells:
+        return position
+    resampled: torch.Tensor = resample_abs_pos_embed(
+        position, list(model.patch_embed.grid_size), num_prefix_tokens=prefix
+    )
+    return resampled
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smi_kernels.api import adam_clamp_, attention_row, l2_norm, select_tokens, tv_l1, tv_l2
     from smi_kernels.attention.reference import received_attention
     from smi_kernels.backends import use_backend
+    from smi_kernels.cosine import CosineClassifier
     from smi_kernels.descent import PixelDescent
     from smi_kernels.folding import unsupported_reasons
     from smi_kernels.marks import spans
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from smi_kernels.vit import SparseViT
 
 _HOME = {
+    "CosineClassifier": "cosine",
     "Operation": "profiling",
     "PixelDescent": "descent",
     "SparseViT": "vit",
@@ -55,6 +57,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CosineClassifier",
     "Operation",
     "PixelDescent",
     "SparseViT",

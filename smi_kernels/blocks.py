@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smi_kernels.folding import Folded
+from smi_kernels.folding import Folded, Pool
 from smi_kernels.tuning import dot_precision
 
 
@@ -60,6 +60,20 @@ def last_forward(
         query.view(-1, first, heads, D // heads), kv.view(-1, tokens, 2, heads, D // heads), w.qk_norm, w.qk_eps
     )
     return _rest(w, out.view(-1, D), _first(x, tokens, first), dot, x_low, moments, kv, query)
+
+
+def pool_forward(
+    pool: Pool, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, dot: str
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """As `forward`, for the one learned query of an attention pooling: (B, D). Its residual stream begins with it."""
+    ops = torch.ops.smi
+    w, D = pool.block, x_low.shape[1]
+    kv, moments = ops.norm_linear(x_low, stats, *w.qkv, w.eps[0], x_low.dtype, dot)
+    query = pool.query.repeat(x_low.shape[0] // tokens, 1)
+    out = ops.class_attention(
+        query.view(-1, 1, pool.heads, D // pool.heads), kv.view(-1, tokens, 2, pool.heads, D // pool.heads), None, 0.0
+    )
+    return _rest(w, out.view(-1, D), x.new_zeros(query.shape), dot, x_low, moments, kv, query)
 
 
 def _rest(
@@ -114,6 +128,31 @@ def last_backward(
     extra = ops.linear_dx(d_query.view(-1, D), query.weight, dx.dtype, dot)
     dx, dx_low = ops.norm_linear_dx(
         d_kv.view(-1, 2 * D), kv.weight, dstats, saved.x_low, saved.moments, dx, extra, tokens, first, dot
+    )
+    return dx, low_of(dx, dx_low)
+
+
+def pool_backward(pool: Pool, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, dot: str) -> tuple[Tensor, Tensor]:
+    """``dx, dx_low`` of all tokens in front of an attention pooling from those of (B, D) behind it."""
+    ops = torch.ops.smi
+    w, D = pool.block, dx.shape[1]
+    _, d_out = _rest_dx(w, saved, dx, dx_low, dot)
+    assert saved.query is not None
+    # Of the query, which is constant, nothing may reach the sums: it counts as its own bias.
+    constant = pool.query.to(dx.dtype)
+    _, d_kv, dstats = ops.class_attention_dx(
+        saved.query.view(-1, 1, pool.heads, D // pool.heads),
+        saved.qkv.view(-1, tokens, 2, pool.heads, D // pool.heads),
+        d_out.view(-1, 1, D),
+        None,
+        0.0,
+        torch.zeros_like(constant),
+        constant,
+        w.qkv.colsum,
+        w.qkv.bias,
+    )
+    dx, dx_low = ops.norm_linear_dx(
+        d_kv.view(-1, 2 * D), w.qkv.weight, dstats, saved.x_low, saved.moments, None, None, 1, 1, dot
     )
     return dx, low_of(dx, dx_low)
 

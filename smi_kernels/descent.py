@@ -136,8 +136,8 @@ class PixelDescent:
         self._loss, self.around_loss = loss, around_loss if loss is not None else ""
         self._step = torch.zeros(1, dtype=torch.int64, device=images.device)
         self._sums = torch.ops.smi.prior_sums(self.images)
-        self._colsum = torch.stack([head.colsum for head in vit.weights.heads_of_tokens])
-        self._bias = torch.stack([head.bias for head in vit.weights.heads_of_tokens])
+        self._colsum = torch.stack([head.colsum for head in vit.weights.classifiers])
+        self._bias = torch.stack([head.bias for head in vit.weights.classifiers])
         self._ran = 0  # iterations since the last change of shapes
         self.in_graphs = self.images.is_cuda
         self._whole: Graph | None = None

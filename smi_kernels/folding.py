@@ -53,6 +53,29 @@ class Folded:
         return Linear(*(part[D:] for part in self.qkv))
 
 
+class Norm(NamedTuple):
+    """A LayerNorm of all tokens that cannot be folded: ``weight`` and ``bias`` (D,) or None, and ``eps``."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A head that pools by the attention of one learned query, which no image changes.
+
+    Attributes:
+        block: its layers, with ``qkv`` the (2 D, D) keys and values alone, and the norm of the tokens in them.
+        query: (D,) in the low dtype, projected and scaled.
+        heads: H of this attention.
+    """
+
+    block: Folded
+    query: Tensor
+    heads: int
+
+
 @dataclass(frozen=True)
 class VitWeights:
     """A whole network.
@@ -62,9 +85,14 @@ class VitWeights:
         position: (cells, D) position embedding of each cell plus the patch embedding's bias.
         prefix: (P, D) class, distillation and register tokens with their positions.
         blocks: in order.
-        heads_of_tokens: what the head makes of each head-read token, or of the mean of the patch tokens; with its norm.
-        head_tokens: R, how many first tokens the head reads; 0 if it reads the mean of the patch tokens.
-        head_eps: of the head's norm.
+        heads_of_tokens: what the head makes of each head-read token, or of what was pooled; with its norm.
+        head_tokens: R, how many first tokens the head reads; 0 if it reads what was pooled.
+        head_eps: of the head's norm; None if it has none.
+        norm_pre, norm_last: of all tokens before the first block, and before the mean of them; or None.
+        pool: attention pooling; None if the head reads tokens or the mean of them.
+        pool_skips: first tokens that are not pooled.
+        texts: embeddings of the classes, if the logits are their cosines with the head's output; else None. Their
+            ``colsum`` is 0: a norm whose mean counts as 0 makes vectors of length sqrt(E).
         patch_size, grid: (height, width), in pixels and in patches.
         heads, width: H and D.
         low, wide: dtypes of matrix operands, and of sums, residual stream, images and logits.
@@ -76,7 +104,12 @@ class VitWeights:
     blocks: tuple[Folded, ...]
     heads_of_tokens: tuple[Linear, ...]
     head_tokens: int
-    head_eps: float
+    head_eps: float | None
+    norm_pre: Norm | None
+    norm_last: Norm | None
+    pool: Pool | None
+    pool_skips: int
+    texts: Linear | None
     patch_size: tuple[int, int]
     grid: tuple[int, int]
     channels: int
@@ -91,8 +124,13 @@ class VitWeights:
         return self.width // self.heads
 
     @property
+    def classifiers(self) -> tuple[Linear, ...]:
+        """The layers whose outputs add up to the logits."""
+        return self.heads_of_tokens if self.texts is None else (self.texts,)
+
+    @property
     def num_classes(self) -> int:
-        return self.heads_of_tokens[0].weight.shape[0]
+        return self.classifiers[0].weight.shape[0]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> VitWeights:
         """The same with `function` of every tensor."""
@@ -102,8 +140,8 @@ class VitWeights:
 def _apply(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Linear):
-        return Linear(*(function(part) for part in value))
+    if isinstance(value, (Linear, Norm)):
+        return type(value)(*(_apply(part, function) for part in value))
     if isinstance(value, tuple):
         return tuple(_apply(item, function) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -122,6 +160,12 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
     def exact(value: Tensor) -> Tensor:
         return value.detach().to(device, torch.float64)
 
+    def to_low(weight: Tensor) -> Tensor:
+        rounded = weight.to(low)
+        if tf32:
+            rounded = ((rounded.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        return rounded.contiguous()
+
     def linear(layer: nn.Linear, before: nn.Module | None = None, after: Tensor | None = None) -> Linear:
         """`before` is the norm in front of the layer, `after` a factor for each of its outputs."""
         weight = exact(layer.weight)
@@ -133,11 +177,9 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
                 weight = weight * exact(before.weight)
         if after is not None:
             weight, bias = weight * after[:, None], bias * after
-        rounded = weight.to(low)
-        if tf32:
-            rounded = ((rounded.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        rounded = to_low(weight)
         # Of the rounded weights: the kernels subtract mean times colsum from a product with those.
-        return Linear(rounded.contiguous(), rounded.double().sum(1).to(wide), bias.to(wide))
+        return Linear(rounded, rounded.double().sum(1).to(wide), bias.to(wide))
 
     def block(timm: Any) -> Folded:
         attn = timm.attn
@@ -164,6 +206,27 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             qk_eps=getattr(attn.q_norm, "eps", 0.0),
         )
 
+    def norm_of_all(layer: nn.Module) -> Norm | None:
+        if not isinstance(layer, nn.LayerNorm):
+            return None
+        weight, bias = (None if t is None else exact(t).to(wide) for t in (layer.weight, layer.bias))
+        return Norm(weight, bias, layer.eps)
+
+    def pool(timm: Any) -> Pool:
+        query = exact(timm.latent)[0, 0]
+        if isinstance(timm.q, nn.Linear):
+            query = exact(timm.q.weight) @ query + (exact(timm.q.bias) if timm.q.bias is not None else 0)
+        layers = Folded(
+            qkv=linear(timm.kv, model.norm),
+            proj=linear(timm.proj),
+            fc1=linear(timm.mlp.fc1, timm.norm),
+            fc2=linear(timm.mlp.fc2),
+            qk_norm=None,
+            eps=(model.norm.eps, timm.norm.eps),
+            qk_eps=0.0,
+        )
+        return Pool(layers, (query * timm.head_dim**-0.5).to(low), timm.num_heads)
+
     embed = model.patch_embed
     tokens = [t for name in ("cls_token", "dist_token", "reg_token") if (t := getattr(model, name, None)) is not None]
     prefix = exact(torch.cat([t.detach()[0] for t in tokens])) if tokens else None
@@ -179,9 +242,15 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
     if prefix is None:
         prefix = patch_weight.new_empty(0, patch_weight.shape[0])
 
-    pools = model.global_pool == "avg"
-    norm = model.fc_norm if pools else next(n for n in (model.norm, model.fc_norm) if isinstance(n, nn.LayerNorm))
-    layers = [model.head] + ([model.head_dist] if getattr(model, "head_dist", None) is not None else [])
+    means, attends = model.global_pool == "avg", getattr(model, "attn_pool", None) is not None
+    norm = model.fc_norm if isinstance(model.fc_norm, nn.LayerNorm) else model.norm
+    apart = attends or (means and norm is model.norm)  # the norm is of the tokens, before they are pooled
+    main, texts = model.head, None
+    if isinstance(main, nn.Sequential):
+        main, cosine = cast(Any, main)
+        weight = exact(cosine.weight) / cosine.weight.shape[1] ** 0.5
+        texts = Linear(to_low(weight), torch.zeros(len(weight), dtype=wide, device=device), exact(cosine.bias).to(wide))
+    layers = [main] + ([model.head_dist] if getattr(model, "head_dist", None) is not None else [])
     share = 1 / len(layers)
     heads = []
     for layer in layers:
@@ -189,7 +258,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             layer = nn.Linear(patch_weight.shape[0], patch_weight.shape[0], bias=False, dtype=torch.float64)
             layer.weight.data.copy_(torch.eye(patch_weight.shape[0]))
         after = torch.full((layer.weight.shape[0],), share, dtype=torch.float64, device=device)
-        heads.append(linear(layer, norm, after))
+        heads.append(linear(layer, None if apart else norm, after))
     first = model.blocks[0].attn
     return VitWeights(
         patch_weight=patch_weight.to(low).contiguous(),
@@ -197,8 +266,13 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
         prefix=prefix.to(wide).contiguous(),
         blocks=tuple(block(b) for b in model.blocks),
         heads_of_tokens=tuple(heads),
-        head_tokens=0 if pools else len(layers),
-        head_eps=norm.eps,
+        head_tokens=0 if means or attends else len(layers),
+        head_eps=None if apart else norm.eps,
+        norm_pre=norm_of_all(model.norm_pre),
+        norm_last=norm_of_all(model.norm) if apart and means else None,
+        pool=pool(model.attn_pool) if attends else None,
+        pool_skips=0 if model.pool_include_prefix else len(prefix),
+        texts=texts,
         patch_size=tuple(embed.patch_size),
         grid=tuple(embed.grid_size),
         channels=embed.proj.in_channels,
@@ -243,27 +317,46 @@ def _embedding(vit: Any) -> list[str]:
         reasons.append(f"its input {embed.img_size} is not a multiple of its patch {embed.patch_size}")
     if not isinstance(embed.norm, nn.Identity):
         reasons.append("its patch embedding has a norm")
-    if not isinstance(vit.norm_pre, nn.Identity):
-        reasons.append("it normalises the tokens before the first block")
+    if not isinstance(vit.norm_pre, (nn.Identity, nn.LayerNorm)):
+        reasons.append(f"it normalises by {type(vit.norm_pre).__name__} before the first block, not LayerNorm")
     return reasons
 
 
 def _head(vit: Any) -> list[str]:
     reasons = []
-    if getattr(vit, "attn_pool", None) is not None:
-        reasons.append("its head pools by attention")
-    elif vit.global_pool not in ("token", "avg"):
-        reasons.append(f"its head pools by {vit.global_pool!r}, expected 'token' or 'avg'")
-    elif vit.global_pool == "avg" and getattr(vit, "pool_include_prefix", False):
-        reasons.append("its head pools prefix tokens too")
+    pool = getattr(vit, "attn_pool", None)
+    if pool is None and vit.global_pool not in ("token", "avg"):
+        reasons.append(f"its head pools by {vit.global_pool!r}, expected 'token', 'avg' or 'map'")
     norms = [n for n in (vit.norm, vit.fc_norm) if not isinstance(n, nn.Identity)]
     if len(norms) != 1 or not isinstance(norms[0], nn.LayerNorm):
         reasons.append(f"expected one LayerNorm before its head, found {[type(n).__name__ for n in norms]}")
-    elif vit.global_pool == "avg" and norms[0] is not vit.fc_norm:
-        reasons.append("it normalises tokens before it pools them")
+    elif pool is not None:
+        reasons += _pool(pool, norms[0] is vit.norm)
     for layer in (vit.head, getattr(vit, "head_dist", None)):
+        if isinstance(layer, nn.Sequential) and len(layer) == 2 and type(layer[1]).__name__ == "CosineClassifier":
+            layer = layer[0]
         if layer is not None and not isinstance(layer, (nn.Linear, nn.Identity)):
             reasons.append(f"its head is a {type(layer).__name__}, not a Linear")
+    return reasons
+
+
+def _pool(pool: Any, norm_first: bool) -> list[str]:
+    name = type(pool).__name__
+    if name != "AttentionPoolLatent":
+        return [f"its head pools by {name}, not by timm's AttentionPoolLatent"]
+    reasons = []
+    if not norm_first or not isinstance(pool.norm, nn.LayerNorm):
+        reasons.append("its attention pooling lacks a LayerNorm before keys and values, or before its MLP")
+    if not isinstance(pool.q_norm, nn.Identity):
+        reasons.append("its attention pooling normalises query and key")
+    if pool.pos_embed is not None or pool.latent_len != 1:
+        reasons.append("its attention pooling has positions or several queries")
+    if pool.head_dim > 128:
+        reasons.append(f"the heads of its attention pooling are {pool.head_dim} wide; the kernels go to 128")
+    if pool.mlp is None or pool.kv.in_features != pool.out_features:
+        reasons.append("its attention pooling has no MLP, or another width")
+    else:
+        reasons += [f"in its attention pooling {reason}" for reason in _mlp(pool.mlp)]
     return reasons
 
 
@@ -289,14 +382,18 @@ def _block(block: Any) -> list[str]:
                 reasons.append(f"query and key are normalised by {type(norm).__name__}, not LayerNorm")
         if not 16 <= attn.head_dim <= 128 and attn.head_dim > 128:
             reasons.append(f"its heads are {attn.head_dim} wide; the kernels go to 128")
+    return reasons + _mlp(mlp)
+
+
+def _mlp(mlp: Any) -> list[str]:
     if type(mlp).__name__ != "Mlp":
-        reasons.append(f"its MLP is {type(mlp).__name__}, not timm's Mlp")
-    else:
-        exact = (isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none") or type(mlp.act).__name__ == "GELU"
-        if not exact or getattr(mlp.act, "approximate", "none") != "none":
-            reasons.append(f"its activation is {mlp.act}, not the exact GELU")
-        if not isinstance(mlp.norm, nn.Identity):
-            reasons.append("its MLP has a norm inside")
-        if not isinstance(mlp.fc1, nn.Linear):
-            reasons.append("its MLP is convolutional")
+        return [f"its MLP is {type(mlp).__name__}, not timm's Mlp"]
+    reasons = []
+    exact = (isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none") or type(mlp.act).__name__ == "GELU"
+    if not exact or getattr(mlp.act, "approximate", "none") != "none":
+        reasons.append(f"its activation is {mlp.act}, not the exact GELU")
+    if not isinstance(mlp.norm, nn.Identity):
+        reasons.append("its MLP has a norm inside")
+    if not isinstance(mlp.fc1, nn.Linear):
+        reasons.append("its MLP is convolutional")
     return reasons

@@ -7,7 +7,7 @@ the head reads the class token, the last block computes keys and values for ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
-from smi_kernels import blocks, tuning
+from smi_kernels import blocks, heads, tuning
+from smi_kernels.attention.reference import received
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
-from smi_kernels.linear.reference import gradient_sums, row_statistics
+from smi_kernels.linear.reference import row_statistics
 from smi_kernels.marks import span
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -25,38 +26,45 @@ Memory = Literal["fast", "small"]
 _LOW = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_NORMED, _READ = 3, 5  # tensors that a LayerNorm of all tokens keeps, and a head
+
+
 @dataclass
 class Trace:
     """What `SparseViT.backward` needs of a `SparseViT.run`.
 
     Attributes:
-        parts: (R, B, classes), what each of the R head-read tokens adds to the logits.
-        saved: of each block its `blocks.Saved`, or under the small memory plan its input and statistics.
-        head_x, head_moments: rows that the head normalised, and for each head their moments.
-        query, key: (B, H, d) of the class token and (B, N, H, d) of all tokens in the last block, before any norm.
+        parts: (R, B, classes), what each of the R classifiers adds to the logits.
+        saved: of each block, and of an attention pooling, its `blocks.Saved`, or under the small memory plan its input
+            and statistics.
+        normed: input, mean and 1 / standard deviation of the norms before the blocks and before the mean; or None.
+        read: of the head.
+        query, key: (B, H, d) and (B, N, H, d), whose attention ranks patches: of the class token or the pooling's query
+            to the tokens; or of all tokens to each other, (B, N, H, d) both. Before any query and key norm.
         tokens: N.
     """
 
     parts: Tensor
     saved: list[tuple[Any, ...]]
-    head_x: Tensor
-    head_moments: list[Tensor]
+    normed: list[Tensor | None]
+    read: heads.Read
     query: Tensor | None
     key: Tensor | None
     tokens: int
 
     def tensors(self) -> list[Tensor | None]:
         """All that `SparseViT.backward` reads, as one list."""
-        return [self.parts, self.head_x, *self.head_moments, *(tensor for kept in self.saved for tensor in kept)]
+        return [self.parts, *self.normed, *self.read, *(tensor for kept in self.saved for tensor in kept)]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], heads: int, blocks_: int, tokens: int) -> Trace:
-        """The trace whose `tensors` these are, but for what only `SparseViT.rank` reads."""
-        first = 2 + heads
-        each = (len(tensors) - first) // blocks_
+    def of(cls, tensors: Sequence[Tensor | None], weights: VitWeights, tokens: int) -> Trace:
+        """The trace of a network with `weights` whose `tensors` these are, but for what only `rank` reads."""
+        first, (parts, *around) = 1 + 2 * _NORMED + _READ, tensors[: 1 + 2 * _NORMED + _READ]
+        each = (len(tensors) - first) // (len(weights.blocks) + (weights.pool is not None))
         saved = [tuple(tensors[i : i + each]) for i in range(first, len(tensors), each)]
-        parts, head_x, *moments = (tensor for tensor in tensors[:first] if tensor is not None)
-        return cls(parts, saved, head_x, moments, None, None, tokens)
+        assert parts is not None
+        read = heads.Read(*around[2 * _NORMED :])  # type: ignore[arg-type]
+        return cls(parts, saved, around[: 2 * _NORMED], read, None, None, tokens)
 
 
 class SparseViT(nn.Module):
@@ -73,11 +81,16 @@ class SparseViT(nn.Module):
         class_attention: whether to give the ranking signal too.
 
     Returns:
-        logits: (B, classes) float32; with `class_attention` also (B, K) float32, the class token's attention to each
-        fed patch in the last block, mean over heads (Hu et al., ICML 2024, equation 4); no gradient flows through it.
+        logits: (B, classes) float32; with `class_attention` also (B, K) float32, the attention to each fed patch that
+        ranks it, mean over heads: the class token's in the last block (Hu et al., ICML 2024, equation 4), or what
+        `ranking` names; no gradient flows through it.
+
+    Attributes:
+        ranking: ``class_attention``, or ``attention_pool``, that of an attention pooling's query, or
+            ``received_attention``, what each patch receives from all tokens in the last block.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or attention asked of a model without class token.
+        ValueError: shapes, dtypes or devices that do not fit.
     """
 
     def __init__(
@@ -154,15 +167,18 @@ class SparseViT(nn.Module):
             keep, offsets: as `keep` and `jitter` of a call.
             trace: whether `backward` will follow; if not, nothing is kept for it.
         """
-        w, ops = self.weights, torch.ops.smi
-        R = w.head_tokens
+        w, R = self.weights, self.weights.head_tokens
         saved: list[tuple[Any, ...]] = []
-        x, x_low, stats = ops.embed_tokens(
+        normed: list[Tensor | None] = [None] * (2 * _NORMED)
+        x, x_low, stats = torch.ops.smi.embed_tokens(
             images, keep, offsets, w.patch_weight, w.position, w.prefix, *w.patch_size, self._dot
         )
         B, N, D = x.shape
         x_low = blocks.low_of(x, x_low).view(B * N, D)
         x = x.view(B * N, D)
+        if w.norm_pre is not None:
+            x, normed[:_NORMED] = heads.normalise(w.norm_pre, x)
+            x_low, stats = x.to(w.low), row_statistics(x)
         for number, block in enumerate(w.blocks):
             before = (x, stats)
             with span(f"block {number} forward"):
@@ -172,26 +188,51 @@ class SparseViT(nn.Module):
                     x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot)
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
-        if R:
-            assert kept.query is not None
-            query, key = (
-                kept.query.view(B, R, w.heads, w.head_dim)[:, 0],
-                kept.qkv.view(B, N, 2, w.heads, w.head_dim)[:, :, 0],
-            )
-        else:
-            qkv = kept.qkv.view(B, N, 3, w.heads, w.head_dim)
-            query, key = qkv[:, 0, 0], qkv[:, :, 1]
-            x = x.view(B, N, D)[:, w.prefix.shape[0] :].mean(1)
+        query, key = self._ranked_by(kept, w.heads, N)
+        if w.pool is not None:
+            x, stats = self._pooled(x, N), self._pooled(stats, N)
+            x_low, before = x.to(w.low), (x, stats)
+            x, x_low, stats, kept = blocks.pool_forward(w.pool, x, x_low, stats, N - w.pool_skips, self._dot)
+            if trace:
+                saved.append(kept if self.memory == "fast" else before)
+            query, key = self._ranked_by(kept, w.pool.heads, N - w.pool_skips)
+        elif not R:
+            if w.norm_last is not None:
+                x, normed[_NORMED:] = heads.normalise(w.norm_last, x)
+            x = self._pooled(x, N).view(B, N - w.pool_skips, D).mean(1)
             x_low, stats = x.to(w.low), row_statistics(x)
-        rows, stats = x_low.view(B, R or 1, D), stats.view(B, R or 1, *stats.shape[1:])
-        parts, moments = zip(
-            *(
-                ops.norm_linear(rows[:, r], stats[:, r], *head, w.head_eps, w.wide, self._dot)
-                for r, head in enumerate(w.heads_of_tokens)
-            ),
-            strict=True,
-        )
-        return Trace(_stack(parts, 0), saved, x_low, list(moments), query, key, N)
+        parts, read = heads.forward(w, x_low.view(B, R or 1, D), stats.view(B, R or 1, *stats.shape[1:]), self._dot)
+        return Trace(parts, saved, normed if trace else [], read, query, key, N)
+
+    def _pooled(self, rows: Tensor, tokens: int) -> Tensor:
+        """Of (B N, ...) rows those of the tokens that are pooled."""
+        first = self.weights.pool_skips
+        return rows.view(-1, tokens, *rows.shape[1:])[:, first:].reshape(-1, *rows.shape[1:])
+
+    def _ranked_by(self, kept: blocks.Saved, heads_: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """`Trace.query` and `Trace.key` of a last block, or of the pooling behind it."""
+        d, R = self.weights.width // heads_, self.weights.head_tokens or 1
+        if kept.query is not None:
+            key = kept.qkv.view(-1, tokens, 2, heads_, d)[:, :, 0]
+            return kept.query.view(-1, R, heads_, d)[:, 0], key
+        qkv = kept.qkv.view(-1, tokens, 3, heads_, d)
+        return qkv[:, 0, 0] if self.weights.has_class_token else qkv[:, :, 0], qkv[:, :, 1]
+
+    def _kept(
+        self, kept: tuple[Any, ...], again: Callable[..., tuple[Any, ...]], part: Any, *sizes: int
+    ) -> blocks.Saved:
+        """What a part's backward needs; under the small memory plan `again` computes it from input and statistics."""
+        if self.memory == "fast":
+            return blocks.Saved(*kept)
+        x, stats = kept
+        made: blocks.Saved = again(part, x, x.to(self.weights.low), stats, *sizes, self._dot)[-1]
+        return made
+
+    @property
+    def ranking(self) -> str:
+        if self.weights.pool is not None:
+            return "attention_pool"
+        return "class_attention" if self.weights.has_class_token else "received_attention"
 
     def backward(self, trace: Trace, d_logits: Tensor, dstats: Tensor, scale: Tensor | None = None) -> Tensor:
         """Gradient with respect to the pixels of the fed patches.
@@ -199,47 +240,45 @@ class SparseViT(nn.Module):
         Args:
             trace: of a `run`.
             d_logits: (B, classes) in the low dtype.
-            dstats: (R, B, parts, 2), for each head-read token the sums of ``d_logits colsum`` and
+            dstats: (R, B, parts, 2), for each of the R classifiers the sums of ``d_logits colsum`` and
                 ``d_logits (part - bias)``, as `head_sums` and ``cross_entropy_head`` give.
             scale: (B,) factor of each image's gradient, or None.
 
         Returns:
             (B, K, C * height * width) in the wide dtype, patches in the order of `keep`.
         """
-        w, ops, N = self.weights, torch.ops.smi, trace.tokens
+        w, N, saved = self.weights, trace.tokens, list(trace.saved)
         B, D, R = d_logits.shape[0], w.width, w.head_tokens
-        rows = trace.head_x.view(B, R or 1, D)
-        made = [
-            ops.norm_linear_dx(
-                d_logits, head.weight, dstats[r], rows[:, r], trace.head_moments[r], None, None, 1, 1, self._dot
-            )
-            for r, head in enumerate(w.heads_of_tokens)
-        ]
-        dx = _stack([pair[0] for pair in made], 1).view(-1, D)
-        dx_low = blocks.low_of(dx, _stack([pair[1] for pair in made], 1))
+        dx, dx_low = heads.backward(w, trace.read, d_logits, dstats, self._dot)
+        dx, dx_low = dx.view(-1, D), dx_low.view(-1, D)
         if not R:
-            share = (dx / (N - w.prefix.shape[0])).view(B, 1, D)
-            dx = torch.cat((share.new_zeros(B, w.prefix.shape[0], D), share.expand(-1, N - w.prefix.shape[0], -1)), 1)
-            dx = dx.view(B * N, D)
+            n = N - w.pool_skips
+            if w.pool is not None:
+                with span("pooling backward"):
+                    kept = self._kept(saved.pop(), blocks.pool_forward, w.pool, n)
+                    dx, _ = blocks.pool_backward(w.pool, kept, dx, dx_low, n, self._dot)
+                dx = dx.view(B, n, D)
+            else:
+                dx = (dx / n).view(B, 1, D).expand(-1, n, -1)
+            dx = torch.cat((dx.new_zeros(B, w.pool_skips, D), dx), 1).view(B * N, D)
+            if w.norm_last is not None:
+                dx = heads.normalise_dx(w.norm_last, trace.normed[_NORMED:], dx)
             dx_low = dx.to(w.low)
         for number in reversed(range(len(w.blocks))):
-            block, kept = w.blocks[number], trace.saved[number]
-            last = bool(R) and number == len(w.blocks) - 1
-            if self.memory == "fast":
-                kept = blocks.Saved(*kept)
-            else:
-                x, stats = kept
-                *_, kept = (
-                    blocks.last_forward(block, x, x.to(w.low), stats, N, w.heads, R, self._dot)
-                    if last
-                    else blocks.forward(block, x, x.to(w.low), stats, N, w.heads, self._dot)
-                )
+            block, last = w.blocks[number], bool(R) and number == len(w.blocks) - 1
+            sizes = (N, w.heads, R) if last else (N, w.heads)
+            run = blocks.last_forward if last else blocks.forward
+            kept = self._kept(saved[number], run, block, *sizes)
             with span(f"block {number} backward"):
                 if last:
-                    dx, dx_low = blocks.last_backward(block, kept, dx, dx_low.view(-1, D), N, w.heads, R, self._dot)
+                    dx, dx_low = blocks.last_backward(block, kept, dx, dx_low, N, w.heads, R, self._dot)
                 else:
                     dx, dx_low = blocks.backward(block, kept, dx, dx_low, N, w.heads, self._dot)
-        patches: Tensor = ops.embed_tokens_dx(dx_low.view(B, N, D), w.patch_weight, w.prefix.shape[0], scale, self._dot)
+        if w.norm_pre is not None:
+            dx_low = heads.normalise_dx(w.norm_pre, trace.normed[:_NORMED], dx).to(w.low)
+        patches: Tensor = torch.ops.smi.embed_tokens_dx(
+            dx_low.view(B, N, D), w.patch_weight, w.prefix.shape[0], scale, self._dot
+        )
         return patches
 
     def backward_of(self, trace: Trace, d_logits: Tensor) -> Tensor:
@@ -261,30 +300,27 @@ class SparseViT(nn.Module):
             parts: (R, B, classes) of a `Trace`.
             d_logits: (B, classes) in the low dtype.
         """
-        sums = [
-            gradient_sums(d_logits, part, head.colsum, head.bias)
-            for part, head in zip(parts, self.weights.heads_of_tokens, strict=True)
-        ]
-        return torch.stack(sums)
+        return heads.sums(parts, d_logits, self.weights.classifiers)
 
     def rank(self, trace: Trace, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Class attention to each fed patch, and the `count` highest-ranked of them, in one launch.
+        """What `ranking` says of each fed patch, and the `count` highest-ranked of them, without a gradient.
 
         Args:
             keep: (B, K) int64, increasing along each row: the patches that were fed.
 
         Returns:
             (B, count) int64, increasing; (B, K) float32.
-
-        Raises:
-            ValueError: a model without class token.
         """
-        w = self.weights
-        if not w.has_class_token:
-            raise ValueError("this model has no class token, so its patches have no class attention to be ranked by.")
-        last, prefix = w.blocks[-1], w.prefix.shape[0]
+        w, last = self.weights, self.weights.blocks[-1]
+        assert trace.query is not None and trace.key is not None
+        if self.ranking == "received_attention":
+            scores = received(trace.query, trace.key, last.qk_norm, last.qk_eps)[:, w.prefix.shape[0] :].contiguous()
+            return torch.ops.smi.select_tokens(scores, keep, count), scores
+        norm, prefix = last.qk_norm, w.prefix.shape[0]
+        if w.pool is not None:
+            norm, prefix = None, prefix - w.pool_skips
         found: tuple[Tensor, Tensor] = torch.ops.smi.rank_tokens(
-            trace.query, trace.key, 1.0, last.qk_norm, last.qk_eps, keep, count, prefix
+            trace.query, trace.key, 1.0, norm, last.qk_eps, keep, count, prefix
         )
         return found
 
@@ -315,8 +351,3 @@ class SparseViT(nn.Module):
         for name, value in (("keep", keep), ("jitter", jitter)):
             if value is not None and value.device != images.device:
                 raise ValueError(f"{name} is on {value.device}, the images are on {images.device}; move it there.")
-
-
-def _stack(tensors: Any, dim: int) -> Tensor:
-    """Stacked, without a copy if there is one alone."""
-    return tensors[0].unsqueeze(dim) if len(tensors) == 1 else torch.stack(list(tensors), dim=dim)

@@ -18,46 +18,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import smi
+from benchmarks.models import CLASSES, FAMILIES, create
 from smi import SmiError, SparseModel
 from smi.adapters.timm import resolve_device, unsupported_reasons, weights_hash
 
-CLASSES = 7
-# name -> (timm's name, options): every family of the library, made small.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "deit": ("deit_tiny_patch16_224", {"img_size": 64}),
-    "deit-distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
-    "deit3": ("deit3_small_patch16_224", {"img_size": 64}),
-    "rectangular": ("vit_tiny_patch16_224", {"img_size": (32, 48)}),
-    "rectangular-patches": ("vit_tiny_patch16_224", {"img_size": (32, 48), "patch_size": (8, 16)}),
-    "patch8": ("vit_small_patch8_224", {"img_size": 32}),
-    "patch32": ("vit_small_patch32_224", {"img_size": 128}),
-    "grey": ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 1}),
-    "dynamic-size": ("deit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True}),
-    "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
-    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 64}),
-    "siglip": ("vit_base_patch16_siglip_224", {"img_size": 64}),
-    "clip": ("vit_base_patch32_clip_224", {"img_size": 128}),
-    "clip-quickgelu": ("vit_base_patch16_clip_quickgelu_224", {"img_size": 64}),
-    "flexivit": ("flexivit_small", {"img_size": 64}),
-    "gap": ("vit_medium_patch16_gap_256", {"img_size": 64}),
-    "eva-giant": ("eva_giant_patch14_clip_224", {"img_size": 56}),
-    "eva02": ("eva02_tiny_patch14_224", {"img_size": 56}),
-    "eva02-dynamic": ("eva02_tiny_patch14_224", {"img_size": (28, 56), "dynamic_img_size": True}),
-    "rope-axial": ("vit_small_patch16_rope_224", {"img_size": 64}),
-    "rope-mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64}),
-    "rope-registers-gap": ("vit_medium_patch16_rope_reg1_gap_256", {"img_size": 64}),
-    "perception-encoder": ("vit_pe_core_base_patch16_224", {"img_size": (32, 64)}),
-    "aimv2": ("aimv2_large_patch14_224", {"img_size": 56}),
-    "parallel-blocks": ("vit_small_patch16_18x2_224", {"img_size": 64}),
-}
-
 
 def build(key: str, drop: float = 0.0) -> Any:
-    name, options = ARCHITECTURES[key]
-    if not timm.is_model(name):
-        pytest.skip(f"timm {timm.__version__} has no {name}")
-    small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": CLASSES, "patch_drop_rate": drop}
-    return randomise(timm.create_model(name, **small, **options))
+    if not timm.is_model(FAMILIES[key].name):
+        pytest.skip(f"timm {timm.__version__} has no {FAMILIES[key].name}")
+    return create(key, drop)
 
 
 def pixels(model: Any, images: int = 2, seed: int = 1) -> Tensor:
@@ -103,7 +72,7 @@ def relative(value: Tensor, exact: Tensor) -> float:
 # ---- the same function as timm's
 
 
-@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize("key", FAMILIES)
 def test_sparse_forward_and_pixel_gradient_are_timms(key: str) -> None:
     model = build(key, drop=0.4)
     images = pixels(model).requires_grad_()

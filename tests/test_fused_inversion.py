@@ -33,7 +33,11 @@ def fused(model: Any, backend: str, **options: Any) -> SparseModel:
 def both(
     backend: str, config: Config, targets: Any = (0, 3, 1), objectives: Any = ((), ()), **options: Any
 ) -> tuple[Any, Any]:
-    model = tiny(**options).double().to(DEVICE)
+    texts = options.pop("texts", None)
+    model = tiny(**options)
+    if texts is not None:
+        model = smi.with_text_head(model, texts, logit_scale=4.0)
+    model = model.double().to(DEVICE)
     made = []
     networks = fused(model, backend), SparseModel(model, backend="reference")
     for network, terms in zip(networks, objectives, strict=True):
@@ -62,6 +66,20 @@ def test_fused_iterations_are_those_of_the_ordinary_loop(backend: str, changes: 
         pytest.skip("two ways through the interpreter are enough; on a GPU all are run")
     config = Config(**{**(SHORT if backend == "triton" else PRUNED), "learning_rate": 0.05, "eps": 1e-4, **changes})
     compare(*both(backend, config))
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "norms": {"pre_norm": True, "global_pool": "avg", "class_token": False, "fc_norm": False},
+    "pooling": {"global_pool": "map", "class_token": False, "reg_tokens": 1, "pre_norm": True},
+    "texts": {"texts": torch.eye(5), "pre_norm": True},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton" or DEVICE != "cpu"])
+def test_so_they_are_with_other_heads_and_rankings(backend: str, kind: str) -> None:
+    config = Config(**PRUNED, learning_rate=0.05, eps=1e-4, tv2=1e-2, best=True, best_every=3)
+    compare(*both(backend, config, **HEADS[kind]))
 
 
 def compare(found: Any, expected: Any) -> None:
@@ -316,8 +334,8 @@ def test_asking_for_what_is_not_there_gives_every_reason() -> None:
     with pytest.raises(SmiError, match=r"cannot run VisionTransformer: .*for GPUs, not for cpu.*Use reference or auto"):
         SparseModel(tiny(), backend="cuda")
     if DEVICE == "cpu":  # interpreted
-        with pytest.raises(SmiError, match=r"pools by attention.*rank by class attention, not by attention_pool"):
-            SparseModel(tiny(global_pool="map", class_token=False), backend="triton")
+        with pytest.raises(SmiError, match=r"pools by 'max'.*rank this model by class_attention, not by received_a"):
+            SparseModel(tiny(global_pool="max"), backend="triton", ranking="received_attention")
         assert SparseModel(tiny()).backend == ("reference" if native.reasons_against() else "cpu")
         assert SparseModel(tiny(), backend="triton").backend == "triton"
 
@@ -356,8 +374,8 @@ def test_precisions_that_need_kernels_say_why_there_are_none(precision: Any) -> 
     model = tiny(depth=1)
     with pytest.raises(SmiError, match=rf"'{precision}' runs on the fused kernels alone.*asked for\. Use fp32 or bf16"):
         SparseModel(model, precision=precision, backend="reference")
-    with pytest.raises(SmiError, match=r"pools by attention.*rank by class attention.* Use fp32 or bf16"):
-        smi.invert(tiny(global_pool="map", class_token=False).to(DEVICE), [0], Config(**SHORT, precision=precision))
+    with pytest.raises(SmiError, match=r"pools by 'max'.* Use fp32 or bf16"):
+        smi.invert(tiny(global_pool="max").to(DEVICE), [0], Config(**SHORT, precision=precision))
     if DEVICE == "cpu" and not native.reasons_against():
         with pytest.raises(SmiError, match=rf"compute in float32 and float64, not in {precision}\. Use fp32"):
             smi.invert(model, [0], Config(**SHORT, precision=precision))

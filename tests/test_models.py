@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import save_file
 from small import one_thread, randomise  # noqa: F401
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import smi
+from benchmarks.models import FAMILIES, LIMIT, PAGE, Row, measure, page
 from smi import SmiError, SparseModel
 
 NAME, SMALL = "vit_tiny_patch16_224", {"num_classes": 3, "img_size": 32}
@@ -66,6 +69,35 @@ def test_safetensors_round_trip(wrapping: str, small_timm: nn.Module, tmp_path: 
     save_file(WRAPPINGS[wrapping](small_timm.state_dict()), tmp_path / "weights.safetensors")
     model = smi.load_model(NAME, checkpoint=str(tmp_path / "weights.safetensors"), **SMALL)
     assert same_weights(model, small_timm) and not model.training
+
+
+@pytest.mark.parametrize("size", [64, (32, 48)])
+@pytest.mark.parametrize("name", [NAME, "deit3_small_patch16_224"])
+def test_positions_of_a_checkpoint_are_interpolated(size: Any, name: str, small_timm: Any, tmp_path: Path) -> None:
+    """As PyTorch resizes pictures: one of each channel, over the grid of 4 x 4; the class token's stays."""
+    saved: Any = randomise(timm.create_model(name, num_classes=3, img_size=64))
+    torch.save(saved.state_dict(), tmp_path / "weights.pth")
+    model: Any = smi.load_model(name, checkpoint=tmp_path / "weights.pth", num_classes=3, img_size=size)
+    grid = model.patch_embed.grid_size
+    prefix = 0 if saved.no_embed_class else 1
+    pictures = saved.pos_embed[0, prefix:].T.reshape(1, 24, 4, 4)
+    expected = F.interpolate(pictures, grid, mode="bicubic", antialias=True)[0].flatten(1).T
+    assert torch.equal(model.pos_embed[0, :prefix], saved.pos_embed[0, :prefix])
+    torch.testing.assert_close(model.pos_embed[0, prefix:], expected)
+    if size == 64:
+        assert same_weights(model, saved)
+    others = [key for key in saved.state_dict() if key != "pos_embed"]
+    assert all(torch.equal(model.state_dict()[key], saved.state_dict()[key]) for key in others)
+
+
+def test_positions_that_cannot_be_interpolated(small_timm: Any, tmp_path: Path) -> None:
+    state = {**small_timm.state_dict(), "pos_embed": torch.zeros(1, 1 + 6, 24)}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(SmiError, match="size mismatch for pos_embed"):
+        smi.load_model(NAME, checkpoint=tmp_path / "weights.pth", num_classes=3, img_size=64)
+    torch.save(small_timm.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(SmiError, match="size mismatch for pos_embed"):  # of 32 pixels, and no size was asked for
+        smi.load_model(NAME, checkpoint=tmp_path / "weights.pth", num_classes=3)
 
 
 def test_local_dir(small_timm: Any, tmp_path: Path) -> None:
@@ -148,3 +180,28 @@ def test_names_that_are_not() -> None:
     for pretrained in (True, False):
         with pytest.raises(SmiError, match=r"no_such_tag"):
             smi.load_model("vit_tiny_patch16_224.no_such_tag", pretrained=pretrained)
+
+
+# ---- every family
+
+
+def test_the_page_of_models_is_what_is_so() -> None:
+    missing = [family.name for family in FAMILIES.values() if not timm.is_model(family.name)]
+    if missing:
+        pytest.skip(f"timm {timm.__version__} has no {', '.join(missing)}")
+    rows = {key: measure(key) for key in FAMILIES}
+    for key, row in rows.items():
+        assert row.sparse < LIMIT and row.fell, key
+        assert row.fused is None or row.fused < LIMIT, key
+    assert PAGE.read_text() == page(rows), "run python -m benchmarks.models"
+
+
+def test_the_page_says_what_fails() -> None:
+    row = Row("class attention", 0.02, False, 0.5, ("its head is odd",), "it has no head", "")
+    made = page({"vit": row, "deit": replace(row, fused=None), "deit3": replace(row, fused=0.0)})
+    lines = [line for line in made.splitlines() if line.startswith("| ")][2:]
+    assert (
+        lines[0] == "| ViT | `vit_tiny_patch16_224` | class attention | off by 2e-02 | no | off by 5e-01 | no | yes |"
+    )
+    assert "| no | no | no | yes |" in lines[1] and "| network alone |" in lines[2]
+    assert "- ViT, fused: its head is odd." in made and "- ViT, quantize: it has no head." in made

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi import SparseModel
+from smi import SparseModel, with_text_head
 from smi_kernels import SparseViT, use_backend
 from smi_kernels.folding import unsupported_reasons
 from smi_kernels.launch import count_launches, record_launches
@@ -29,13 +29,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no class token": {"global_pool": "avg", "class_token": False},
     "no head, no qkv bias": {"num_classes": 0, "qkv_bias": False},
     "odd widths": {"embed_dim": 72, "num_heads": 3, "mlp_ratio": 2.5, "depth": 3},
+    "norm before the blocks": {"pre_norm": True},
+    "norm of tokens, then their mean": {"global_pool": "avg", "fc_norm": False, "pre_norm": True},
+    "mean of all tokens": {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "attention pooling, not of prefix": {"global_pool": "map", "reg_tokens": 2},
+    "attention pooling, of prefix": {"global_pool": "map", "pool_include_prefix": True, "num_classes": 0},
+    "texts": {"num_classes": 70, "depth": 1},
+    "texts of an attention pooling": {"global_pool": "map", "num_classes": 0, "embed_dim": 72, "num_heads": 3},
     "not square, patch 2 x 3": {"img_size": (8, 12), "patch_size": (2, 3)},
 }
 
 
 def build(variant: str) -> Any:
     options = VARIANTS[variant]
-    return tiny(**options).double().to(DEVICE)
+    model = tiny(**options)
+    if variant.startswith("texts"):
+        embeddings = torch.randn(CLASSES, model.num_classes or 72, generator=torch.Generator().manual_seed(3))
+        model = with_text_head(model, embeddings, logit_scale=4.0, bias=-1.0)
+    return model.double().to(DEVICE)
 
 
 def distilled() -> Any:
@@ -120,14 +132,51 @@ def test_mean_pooled_models_rank_by_their_class_token_too(backend: str) -> None:
     _, expected = twin.feed(pixels(model), None, None, scores=True)
     _, scores = SparseViT.from_timm(model)(pixels(model), class_attention=True)
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="no class token"):
-        SparseViT.from_timm(build("no class token"))(pixels(model), class_attention=True)
+
+
+POOLED = {
+    "no class token": "received_attention",
+    "norm of tokens, then their mean": "class_attention",
+    "attention pooling": "attention_pool",
+    "attention pooling, not of prefix": "attention_pool",
+    "attention pooling, of prefix": "attention_pool",
+}
+
+
+@pytest.mark.parametrize("variant", POOLED)
+def test_other_rankings(variant: str, backend: str) -> None:
+    model, keep = build(variant), some_patches(2, 9, N)
+    twin, vit = SparseModel(model, backend="reference"), SparseViT.from_timm(model)
+    assert vit.ranking == twin.info.ranking == POOLED[variant]
+    _, expected = twin.feed(pixels(model), keep, None, scores=True)
+    _, scores = vit(pixels(model), keep, class_attention=True)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
+    chosen, again = vit.rank(vit.run(pixels(model), keep, None), keep, 4)
+    assert torch.equal(again, scores)
+    for row, kept, by in zip(chosen, keep, expected, strict=True):
+        assert row.tolist() == sorted(kept[by.argsort(descending=True)[:4]].tolist())
+
+
+def test_received_attention_of_normed_queries_and_keys(backend: str) -> None:
+    model = tiny(class_token=False, global_pool="avg", qk_norm=True).double().to(DEVICE)
+    _, expected = SparseModel(model, backend="reference").feed(pixels(model), None, None, scores=True)
+    _, scores = SparseViT.from_timm(model)(pixels(model), class_attention=True)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_error_is_within_that_of_eager_pytorch(precision: Any, backend: str) -> None:
     """At the same precision, against float64; few numbers, so 1.5 times it in 16 bits and twice in float32."""
-    model = tiny(embed_dim=64, depth=3, num_heads=2).to(DEVICE)
+    _within_eager(tiny(embed_dim=64, depth=3, num_heads=2).to(DEVICE), precision, backend)
+
+
+def test_error_of_other_parts_is_too(backend: str) -> None:
+    model = tiny(embed_dim=32, num_classes=32, pre_norm=True, global_pool="map", class_token=False)
+    embeddings = torch.randn(CLASSES, 32, generator=torch.Generator().manual_seed(3))
+    _within_eager(with_text_head(model, embeddings, logit_scale=4.0).to(DEVICE), "bf16", backend)
+
+
+def _within_eager(model: Any, precision: Any, backend: str) -> None:
     keep, images = some_patches(4, 7, N), pixels(model, 4, torch.float32)
     found = gradient(SparseViT.from_timm(model, precision), images, keep)
     assert found[0].dtype == found[1].dtype == torch.float32
@@ -154,8 +203,13 @@ def test_tiny_and_huge_gradients_survive_float16(backend: str) -> None:
     assert (zero == 0).all()
 
 
-def test_small_memory_plan_computes_again_and_gets_the_same_bits(backend: str) -> None:
-    model = tiny(embed_dim=64, depth=3).to(DEVICE)
+@pytest.mark.parametrize(
+    "options",
+    [{"embed_dim": 64, "depth": 3}, {"pre_norm": True, "global_pool": "map", "reg_tokens": 1}],
+    ids=["plain", "pool"],
+)
+def test_small_memory_plan_computes_again_and_gets_the_same_bits(options: dict[str, Any], backend: str) -> None:
+    model = tiny(**options).to(DEVICE)
     images, keep = pixels(model, dtype=torch.float32), some_patches(2, 7, N)
     fast, small = (gradient(SparseViT.from_timm(model, memory=memory), images, keep) for memory in ("fast", "small"))
     assert torch.equal(fast[1], small[1])
@@ -257,9 +311,10 @@ def test_inputs_of_every_kind(backend: str) -> None:
     assert torch.autograd.grad(vit(empty).sum(), empty)[0].shape == empty.shape
 
 
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "global_pool": "map"}], ids=["plain", "pool"])
 @pytest.mark.parametrize("class_attention", [False, True])
-def test_torch_compile_takes_it_whole(class_attention: bool) -> None:
-    model = tiny().to(DEVICE)
+def test_torch_compile_takes_it_whole(class_attention: bool, options: dict[str, Any]) -> None:
+    model = tiny(**options).to(DEVICE)
     vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
     keep = some_patches(2, 7, N)
 
@@ -305,13 +360,16 @@ def test_bad_input_is_named(change: dict[str, Tensor], complaint: str) -> None:
     [
         (nn.Linear(2, 2), ["VisionTransformer"]),
         (Eva(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2), ["VisionTransformer"]),
-        (tiny(global_pool="map"), ["pools by attention"]),
-        (tiny(pre_norm=True), ["before the first block"]),
-        (tiny(global_pool="avg", fc_norm=False), ["normalises tokens before it pools"]),
+        (tiny(global_pool="max"), ["pools by 'max'"]),
+        (tiny(global_pool="map", act_layer="silu"), ["in its attention pooling its activation is SiLU"]),
+        (
+            tiny(global_pool="map", norm_layer="rmsnorm", pre_norm=True),
+            ["RmsNorm before the first", "found ['RmsNorm']"],
+        ),
         (tiny(act_layer="silu", norm_layer="rmsnorm"), ["exact GELU", "LayerNorm"]),
         (tiny(act_layer="gelu_tanh", dynamic_img_size=True), ["exact GELU"]),
     ],
-    ids=["linear", "eva", "map", "pre_norm", "norm, pool", "silu", "tanh"],
+    ids=["linear", "eva", "max", "map", "pre_norm", "silu", "tanh"],
 )
 def test_models_are_refused_with_every_reason(model: nn.Module, complaints: list[str]) -> None:
     with pytest.raises(ValueError, match="cannot run on the fused kernels") as caught:
@@ -324,7 +382,8 @@ def test_supported_architectures_of_timm() -> None:
 
     for name in (
         "vit_tiny_patch16_224", "deit_small_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-        "vit_base_patch16_224_miil", "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_224_miil", "vit_small_patch14_reg4_dinov2", "vit_base_patch32_clip_224",
+        "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_medium_patch16_gap_256",
     ):  # fmt: skip
         with torch.device("meta"):
             model = timm.create_model(name)

@@ -292,7 +292,7 @@ class SparseModel:
         Args:
             keep: (B, K) int64 patches that are fed, wherever the augmentation moves them; None feeds all.
         """
-        if self.vit is not None and not self._hooks and (not scores or self._ranking == "class_attention"):
+        if self.vit is not None and not self._hooks and (not scores or self._ranking == self.vit.ranking):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)
             return found if scores else (found, None)
@@ -360,8 +360,9 @@ class SparseModel:
             reasons.append("tokens are merged inside the network, which they do not do")
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
-        if self._ranking not in ("class_attention", "attention_rollout"):
-            reasons.append(f"they rank by class attention, not by {self._ranking}")
+        theirs = self._resolve_ranking("auto")
+        if self._ranking not in (theirs, "attention_rollout"):
+            reasons.append(f"they rank this model by {theirs}, not by {self._ranking}")
         if reasons and wanted != "auto":
             raise SmiError(
                 f"backend {wanted!r} cannot run {self.info.name}: {'; '.join(reasons)}. Use reference or auto."

@@ -29,6 +29,18 @@ def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=(1, 2))
 
 
+def received(query: Tensor, key: Tensor, qk_norm: Tensor | None, eps: float) -> Tensor:
+    """`received_attention` of (B, N, H, d) queries, which are scaled already, and keys, before any `qk_norm`.
+
+    `qk_norm` and `eps` are as for `attention`.
+
+    Returns:
+        (B, N) float32 (float64 for float64).
+    """
+    q, k = (_wide(tensor).transpose(1, 2) for tensor in (query, key))
+    return received_attention(*_normed(q, k, qk_norm, eps, query.dtype), 1.0)
+
+
 def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
     """Multi-head self-attention ``softmax(q @ k^T) @ v`` of every token of an image to all of them.
 

@@ -26,14 +26,14 @@ def row_statistics(x: Tensor) -> Tensor:
     Returns:
         (M, ceil(D / 64), 2), dtype of `x`.
     """
-    return torch.stack(
-        [
-            torch.stack((mean, (part - mean[:, None]).square().sum(1)), dim=1)
-            for part in x.split(STAT_CHUNK, dim=1)
-            for mean in [part.mean(1)]
-        ],
-        dim=1,
-    )
+    M, D = x.shape
+    whole = D // STAT_CHUNK
+    chunks = [x[:, : whole * STAT_CHUNK].reshape(M, whole, STAT_CHUNK)]
+    if D % STAT_CHUNK:
+        chunks.append(x[:, None, whole * STAT_CHUNK :])
+    means = [chunk.mean(2) for chunk in chunks]
+    squares = [(chunk - mean[..., None]).square().sum(2) for chunk, mean in zip(chunks, means, strict=True)]
+    return torch.stack((torch.cat(means, dim=1), torch.cat(squares, dim=1)), dim=2)
 
 
 def row_moments(stats: Tensor, width: int, eps: float) -> Tensor:
