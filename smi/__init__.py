@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from smi import losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
+    from smi.comparison import compare
+    from smi.comparison_plan import CompareConfig
     from smi.config import PRESETS, Config, preset
     from smi.dataset import SyntheticDataset
     from smi.errors import SmiError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from smi.transfer import TransferConfig, teach
 
 _HOME = {
+    "CompareConfig": "comparison_plan",
     "Config": "config",
     "Context": "objectives",
     "Evaluation": "evaluation",
@@ -53,6 +56,7 @@ _HOME = {
     "SyntheticDataset": "dataset",
     "TransferConfig": "transfer",
     "WorkPlan": "state",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "invert": "inversion",
     "load_model": "models",
@@ -67,6 +71,7 @@ _MODULES = ("losses", "schedules")
 
 __all__ = [
     "PRESETS",
+    "CompareConfig",
     "Config",
     "Context",
     "Evaluation",
@@ -87,6 +92,7 @@ __all__ = [
     "TransferConfig",
     "WorkPlan",
     "__version__",
+    "compare",
     "evaluate",
     "invert",
     "load_model",

@@ -18,6 +18,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from smi._version import __version__
+from smi.cli_compare import CompareOptions, compare
 from smi.cli_losses import losses
 from smi.cli_options import (
     EMBEDDED_TEACHER,
@@ -56,7 +57,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            again = "; run the same command again to go on" if ctx.invoked_subcommand == "invert" else ""
+            again = "; run the same command again to go on" if ctx.invoked_subcommand in ("invert", "compare") else ""
             _fail(f"{'stopped' if isinstance(stop, Terminated) else 'interrupted'}{again}", _stop_code(stop), "")
         except (SmiError, OSError, RuntimeError) as error:
             line = _one_line(error)
@@ -347,6 +348,7 @@ _WITH_OPTIONS = (
     (transfer, TransferOptions),
     (evaluate, EvaluateOptions),
     (profile, ProfileOptions),
+    (compare, CompareOptions),
 )
 app.add_typer(pool_app, name="pool")
 app.command()(losses)

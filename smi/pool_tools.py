@@ -13,6 +13,7 @@ from typing import Any
 
 from smi.errors import SmiError
 from smi.pool import Pool, PoolWriter, picture_names, read_hash, shard_path, writing
+from smi.state import ROWS, Result, WorkPlan
 from smi.workers import Workers
 
 
@@ -177,3 +178,42 @@ def stats(path: str | Path) -> dict[str, Any]:
         "flops": flops,
         "bytes": sizes,
     }
+
+
+class FirstImages(Pool):
+    """The first images of a pool, as a pool of their own to read; nothing is copied.
+
+    Of a batch that is cut, seconds and operations of its phases are shared out evenly over its images.
+
+    Args:
+        path: the pool.
+        images: how many, at most those that are there in a row from the first.
+
+    Raises:
+        SmiError: not a pool, fewer images than asked for, or a number that divides the images of a trajectory.
+    """
+
+    def __init__(self, path: str | Path, images: int) -> None:
+        super().__init__(path)
+        self._whole = Pool(path)
+        repeat = self.config.images_per_trajectory
+        if images < 1 or images % repeat:
+            raise SmiError(f"the first {images} images were asked for; expected a multiple of {repeat}, from {repeat}.")
+        self.plan = WorkPlan(self.plan.targets[:images], self.plan.batch_size)
+        self.batches = list(range(self.plan.num_batches))
+        if len(self) != images or not {*self.batches} <= {*self._whole.batches}:
+            raise SmiError(f"the pool {str(path)!r} does not hold its first {images} images; make them first.")
+        self.manifest = {**self.manifest, "plan": dataclasses.asdict(self.plan)}
+
+    def load(self, batch: int) -> Result:
+        """The images of a batch that are among the first."""
+        whole, wanted = self._whole.load(batch), len(self.plan.batch(batch))
+        made = len(whole.targets)
+        phases = [
+            dataclasses.replace(phase, seconds=phase.seconds * wanted / made, flops=phase.flops * wanted // made)
+            for phase in whole.phases
+        ]
+        rows = {name: getattr(whole, name)[:wanted] for name in ROWS}
+        losses = {name: values[:wanted] for name, values in whole.losses.items()}
+        shown = whole.snapshots[:, :wanted]
+        return dataclasses.replace(whole, **rows, losses=losses, snapshots=shown, phases=phases)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from smi.config import Config
 from smi.errors import SmiError
+
+if TYPE_CHECKING:
+    from smi.state import Result
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ def taken_at(config: Config, index: int) -> int:
     """Iterations of image `index`: of a part of a trajectory those done when it left, of others all."""
     every, part = config.iterations // config.division, index % config.division
     return (part + 1) * every if config.strategy == "rebirth" and part < config.division - 1 else config.iterations
+
+
+def updates(result: Result, config: Config) -> Tensor:
+    """(B, N) int64: iterations in which each patch of each image was fed and moved.
+
+    Those of an image of a rebirth trajectory are counted until it is taken out; its trajectory's are those of the last
+    image. Under official semantics stopped patches go on moving under the priors, which is not counted.
+    """
+    until = torch.tensor([taken_at(config, index) for index in result.indices.tolist()])
+    return result.dropped_at.long().minimum(until[:, None])
 
 
 def interleaved(parts: Sequence[Tensor]) -> Tensor:

@@ -71,11 +71,11 @@ def _open(pool_path: str | Path, judge: nn.Module | None, max_images: int) -> tu
     pool = Pool(pool_path)
     if not len(pool):
         raise SmiError(f"the pool {str(pool_path)!r} has no finished batch yet; go on with `smi invert` first.")
-    judge = _own_judge(pool.info) if judge is None else judge
+    judge = own_judge(pool.info) if judge is None else judge
     return pool, collect(pool, pool.info, pool.config, judge=judge, max_images=max_images)
 
 
-def _own_judge(info: ModelInfo) -> nn.Module | None:
+def own_judge(info: ModelInfo) -> nn.Module | None:
     if not info.name.startswith("embedded:"):
         return None
     from smi.embedded import load_judge

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from smi.report_data import Array, Curve, Picture
@@ -180,6 +180,72 @@ def loss_curves(
     for axes in list(grid.flat)[len(shown) :]:
         axes.set_axis_off()
     return _png(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Quality against cost of several methods.
+
+    Attributes:
+        title: of the quality.
+        curves: method -> points (cost, values of all seeds), in order of cost.
+        counted: method -> the point of an equal number of images.
+        reference: a line across, such as the teacher's own accuracy.
+        percent: whether values are shares.
+    """
+
+    title: str
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]]
+    counted: Mapping[str, tuple[float, Sequence[float]]]
+    reference: float | None = None
+    percent: bool = True
+
+
+def comparison(panels: Sequence[Panel], maps: Mapping[str, Array], cost: str, theme: Theme) -> bytes:
+    """Panels of curves, and under them maps (rows, columns) of how often every place of the grid was updated.
+
+    A curve is the mean over seeds with a band from the lowest to the highest; a square is an equal number of images.
+    """
+    rows = math.ceil(len(panels) / 2)
+    figure = _figure(3.4 * rows + 2.3, theme)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.4 * rows, 2.3])
+    upper, lower = parts
+    colours = {name: f"C{place}" for place, name in enumerate(maps)}
+    grid = upper.subplots(rows, min(2, len(panels)), squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _compare(axes, panel, colours, theme)
+        axes.set_xlabel(cost, color=theme.muted, fontsize=8.5)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    highest = max(float(np.max(values)) for values in maps.values())
+    drawn = None
+    places = lower.subplots(1, len(maps), squeeze=False)
+    for axes, (name, values) in zip(places.flat, maps.items(), strict=True):
+        drawn = axes.imshow(values, cmap=theme.scale(), vmin=0, vmax=highest, interpolation="nearest")
+        _bare(axes, theme)
+        axes.set_title(f"{name}: updates of each patch", color=colours[name], fontsize=8, loc="left", pad=5)
+    assert drawn is not None
+    _style_bar(lower.colorbar(drawn, ax=places, fraction=0.03, pad=0.02), theme)
+    return _png(figure)
+
+
+def _compare(axes: Axes, panel: Panel, colours: Mapping[str, str], theme: Theme) -> None:
+    for name, points in panel.curves.items():
+        at, values = [cost for cost, _ in points], [np.asarray(seeds, float) for _, seeds in points]
+        mean = [float(v.mean()) for v in values]
+        axes.plot(at, mean, color=colours[name], linewidth=1.4, marker="o", markersize=3.5, label=name)
+        low, high = [float(v.min()) for v in values], [float(v.max()) for v in values]
+        axes.fill_between(at, low, high, color=colours[name], alpha=0.15, linewidth=0)
+    for name, (cost, seeds) in panel.counted.items():
+        axes.scatter([cost], [float(np.mean(seeds))], s=50, marker="s", facecolors="none", edgecolors=colours[name])
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if panel.percent else "{x:g}")
+    axes.set_title(panel.title, color=theme.ink, fontsize=9.5, loc="left", pad=7)
+    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+    _style(axes, theme)
 
 
 def _figure(height: float, theme: Theme) -> Figure:
