@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from smi.errors import SmiError
-from smi.pool import Pool, PoolWriter, picture_names, read_hash, shard_path, writing
+from smi.pool import Pool, PoolWriter, picture_names, shard_path, writing
+from smi.shard import read_hash
 from smi.workers import Workers
 
 

@@ -110,7 +110,7 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
         name: sum(part.history[name] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
         for name in parts[0].history
     }
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in _ROWS}
+    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in ROWS}
     stages = zip(*(part.phases for part in parts), strict=True)
     phases = [
         Phase(same[0].start, same[0].stop, same[0].kept, sum(p.seconds for p in same), sum(p.flops for p in same))
@@ -127,7 +127,7 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
     )
 
 
-_ROWS = ("images", "keep", "dropped_at", "targets", "indices", "logits")
+ROWS = ("images", "keep", "dropped_at", "targets", "indices", "logits")
 
 
 @dataclass(frozen=True)
