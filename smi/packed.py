@@ -130,7 +130,7 @@ def pack(
     *,
     shard_images: int = 1000,
     pixels: Pixels = "float32",
-    on_image: Callable[[int, int], None] | None = None,
+    on_images: Callable[[int, int], None] | None = None,
 ) -> PackedPool:
     """Write the images present in `pool` to `out` as tar files and an index, the same bytes whenever it is called.
 
@@ -142,7 +142,7 @@ def pack(
         shard_images: images in each tar file.
         pixels: ``float32`` keeps the normalised images as they were inverted beside their pictures, so that nothing is
             lost; ``png`` the pictures alone, whose pixels are clipped and rounded to 256 levels.
-        on_image: called with the images packed and those present.
+        on_images: called with the images packed and those present.
 
     Raises:
         SmiError: no pyarrow; empty or damaged pool; `out` holds something else or another pool; full disk, read-only
@@ -161,8 +161,8 @@ def pack(
                 stop = min(start + shard_images, len(pool))
                 for row in _shard_rows(pool, start, stop, out / shard_name(shard), pixels):
                     index.add({"shard": shard, **row})
-                if on_image is not None:
-                    on_image(stop, len(pool))
+                if on_images is not None:
+                    on_images(stop, len(pool))
         _remove_shards(out, -(-len(pool) // shard_images))
         sync_folder(out)
     return PackedPool(out)
@@ -210,14 +210,14 @@ def _shard_rows(pool: Pool, start: int, stop: int, file: Path, pixels: Pixels) -
     if file.exists():
         # Damage is not what an interrupted packing leaves, but written anew it is gone.
         with contextlib.suppress(SmiError):
-            found = [row for row, _ in scan(file, pool, pixels)]
+            found = [row for row, *_ in scan(file, pool, pixels)]
             if [row["index"] for row in found] == _numbers(pool)[start:stop].tolist():
                 return found
     rows, offset = [], 0
     with atomic_file(file) as temp, open(temp, "xb") as shard:
         for result, row in pool.rows(start, stop, verified=True):
             one = _one(result, row, pool.plan)
-            data = encode_record(_key(one), _members(one, pool, pixels))
+            data = encode_record(_key(one), members_of(one, pool, pixels))
             place = {"key": _key(one), "offset": offset, "length": len(data)}
             rows.append(place | facts(one, pool) | {"sha256": hashlib.sha256(data).digest()})
             offset += shard.write(data)
@@ -225,8 +225,8 @@ def _shard_rows(pool: Pool, start: int, stop: int, file: Path, pixels: Pixels) -
     return rows
 
 
-def scan(file: Path, pool: Pool, pixels: Pixels) -> Iterator[tuple[dict[str, Any], Record]]:
-    """The images of a tar file without the index: what it would say of each (but the shard), and the bytes.
+def scan(file: Path, pool: Pool, pixels: Pixels) -> Iterator[tuple[dict[str, Any], Result, Record]]:
+    """The images of a tar file without the index: what that would say of each (but the shard), itself, and its bytes.
 
     Raises:
         SmiError: what a packing of `pool` cannot have written.
@@ -237,7 +237,7 @@ def scan(file: Path, pool: Pool, pixels: Pixels) -> Iterator[tuple[dict[str, Any
             for record in records(shard):
                 one = decode_record(record, pool.info, pool.plan, pixels)
                 place = {"key": record.key, "offset": record.offset, "length": record.length}
-                yield place | facts(one, pool) | {"sha256": record.sha256}, record
+                yield place | facts(one, pool) | {"sha256": record.sha256}, one, record
                 end = record.offset + record.length
         if size != end + len(END):
             raise ValueError(f"it has {size} bytes where its images end at {end}")
@@ -300,7 +300,8 @@ def _normalised(picture: Tensor, info: ModelInfo) -> Tensor:
     return (picture.float() / 255 - mean) / std
 
 
-def _members(one: Result, pool: Pool, pixels: Pixels) -> dict[str, bytes]:
+def members_of(one: Result, pool: Pool, pixels: Pixels) -> dict[str, bytes]:
+    """What follows KEY and the dot -> bytes, for the one image of `one`."""
     said = {"key": _key(one), **facts(one, pool), "keep": one.keep[0].tolist()}
     said["confidence"] = said["confidence"] if math.isfinite(said["confidence"]) else None
     return {

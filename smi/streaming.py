@@ -19,7 +19,7 @@ from smi.pool import Pool
 
 Item = tuple[Tensor, Tensor, Tensor, Tensor]
 _T = TypeVar("_T")
-_RUN = 64  # images read in a row when they are shuffled
+_RUN = 16  # images read in a row when they are shuffled
 
 
 def stream(
@@ -47,7 +47,7 @@ class PoolStream(IterableDataset[Item]):
         pool: a pool or its folder, in either form.
         fill: what dropped patches show, see `smi.dataset.fill_dropped`.
         transform: as for `smi.SyntheticDataset`.
-        shuffle: items in the shuffle buffer; 0 gives the images in order. Stretches of 64 images are read in random
+        shuffle: items in the shuffle buffer; 0 gives the images in order. Stretches of 16 images are read in random
             order, and each image then takes the place of a random one in the buffer.
         seed: of that order, together with the epoch and the part.
         part: (rank, processes); default that of ``torch.distributed`` where it is at work, else (0, 1).
