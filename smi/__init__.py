@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from smi.lessons import Synthesis
     from smi.models import load_model
     from smi.objectives import Context, Objective
+    from smi.packed import PackedPool, open_pool, pack
     from smi.pool import Pool, PoolWriter
     from smi.quantization import Quantized, QuantizedModel, load_quantized, quantize
     from smi.state import ModelInfo, Phase, Result, WorkPlan
+    from smi.streaming import PoolStream, stream
     from smi.text_head import with_text_head
     from smi.transfer import TransferConfig, teach
 
@@ -43,8 +45,10 @@ _HOME = {
     "ModelInfo": "state",
     "Objective": "objectives",
     "PRESETS": "config",
+    "PackedPool": "packed",
     "Phase": "state",
     "Pool": "pool",
+    "PoolStream": "streaming",
     "PoolWriter": "pool",
     "PublishedTeacher": "adapters.published",
     "Quantized": "quantization",
@@ -61,8 +65,11 @@ _HOME = {
     "invert": "inversion",
     "load_model": "models",
     "load_quantized": "quantization",
+    "open_pool": "packed",
+    "pack": "packed",
     "preset": "config",
     "quantize": "quantization",
+    "stream": "streaming",
     "teach": "transfer",
     "with_text_head": "text_head",
 }
@@ -78,8 +85,10 @@ __all__ = [
     "Inversion",
     "ModelInfo",
     "Objective",
+    "PackedPool",
     "Phase",
     "Pool",
+    "PoolStream",
     "PoolWriter",
     "PublishedTeacher",
     "Quantized",
@@ -98,9 +107,12 @@ __all__ = [
     "load_model",
     "load_quantized",
     "losses",
+    "open_pool",
+    "pack",
     "preset",
     "quantize",
     "schedules",
+    "stream",
     "teach",
     "with_text_head",
 ]

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from smi.config import Config
 
-NOISE, AUGMENT, RANKING, FILL = range(4)
+NOISE, AUGMENT, RANKING, FILL, ORDER = range(5)
+_NEXT_SEED = 1_000_003  # how far the seeds lie apart that a batch is tried with
 
 
-def stream(seed: int, purpose: int, image: int) -> np.random.Generator:
-    """The random stream of one purpose of one image."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, image))))
+def seed_of(seed: int, tries: int) -> int:
+    """The seed of a batch that took so many tries (see `smi.run.invert_batch`) in a pool of `seed`."""
+    return seed + (tries - 1) * _NEXT_SEED
+
+
+def stream(seed: int, purpose: int, *which: int) -> np.random.Generator:
+    """The random stream of one purpose of one image, or of whatever else `which` numbers."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, *which))))
 
 
 def normal_images(seed: int, purpose: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -450,10 +450,10 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False,
 ) -> None:
     """Show what a pool is, how much of it is done and how far the teacher agrees."""
-    from smi.pool import Pool
+    from smi.packed import open_pool
     from smi.report import summary
 
-    opened = Pool(pool)
+    opened = open_pool(pool)
     facts = summary(pool) if len(opened) else None
     if as_json:
         print(json.dumps({**opened.manifest, "batches_done": opened.batches, "summary": facts}))

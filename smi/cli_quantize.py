@@ -202,7 +202,7 @@ def quantize(options: QuantizeOptions) -> None:
 
       smi quantize embedded:teacher --noise 32 --skip softmax,head --out quantized/control --onnx
     """
-    from smi.pool import Pool
+    from smi.packed import open_pool
     from smi.quantization import quantize as make
     from smi.quantizer import kinds_of
     from smi.refinement import Refinement
@@ -212,7 +212,7 @@ def quantize(options: QuantizeOptions) -> None:
     if options.refine is not None:
         rate = Refinement.learning_rate if options.learning_rate is None else options.learning_rate
         refine = Refinement(options.refine, rate)
-    pool = None if options.pool is None else Pool(options.pool)
+    pool = None if options.pool is None else open_pool(options.pool)
     model = options.build(seed=0 if pool is None else pool.config.seed)
     calibration = _calibration(options, model, pool)
     with _bar("calibrating") as tell, _bar("refining") as tell_step:

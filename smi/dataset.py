@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 import smi_kernels
 from smi.augment import FILL, normal_images
 from smi.errors import SmiError, did_you_mean
+from smi.packed import PackedPool, open_pool
 from smi.pool import Pool
 from smi.state import ModelInfo, Result
 
@@ -45,59 +45,67 @@ class SyntheticDataset(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         self.pool = open_filled(pool, fill)
         self.fill: Fill = fill
         self.transform = transform
-        self._ends = list(accumulate(len(self.pool.plan.batch(batch)) for batch in self.pool.batches))
-        # Unbounded, because shards are memory-mapped: what it holds is address space.
+        # Of a folder of shards, and unbounded, because they are memory-mapped: what it holds is address space.
         self._open: dict[int, Result] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.pool)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not -len(self) <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
         result, row = self._locate(item % len(self))
-        one = slice(row, row + 1)
-        info, keep = self.pool.info, result.keep[one]
-        filled = fill_dropped(result.images[one], keep, result.indices[one], info, self.pool.config.seed, self.fill)
-        image, mask = filled[0], patch_mask(keep, info.num_patches)
-        if self.transform is not None:
-            image, mask = self._transformed(image, pixel_mask(mask, info))
-        return image, mask.flatten(), result.targets[row].clone(), result.logits[row].clone()
+        return make_item(result, row, self.pool, self.fill, self.transform)
 
     def _locate(self, item: int) -> tuple[Result, int]:
-        at = bisect_right(self._ends, item)
+        if isinstance(self.pool, PackedPool):
+            return self.pool.load_row(item), 0
+        at = bisect_right(self.pool.ends, item)
         batch = self.pool.batches[at]
         if batch not in self._open:
             self._open[batch] = self.pool.load(batch)
-        return self._open[batch], item - (self._ends[at - 1] if at else 0)
+        return self._open[batch], item - (self.pool.ends[at - 1] if at else 0)
 
-    def _transformed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, H, W), (1, H, W) bool -> (C, H', W'), (N',) bool."""
-        from torchvision import tv_tensors
 
-        assert self.transform is not None
-        pair = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8)))
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
-            raise SmiError("the transform does not return an (image, mask) pair; use one of torchvision.transforms.v2.")
-        image, mask = (x.as_subclass(Tensor) for x in pair)
-        height, width = self.pool.info.patch_size
-        size = tuple(image.shape[-2:])
-        if size != tuple(mask.shape[-2:]) or size[0] % height or size[1] % width:
-            raise SmiError(
-                f"the transform returns an image of {size} and a mask of {tuple(mask.shape[-2:])} pixels; expected the "
-                f"same multiple of the patch size {(height, width)} for both."
-            )
-        return image, torch.nn.functional.avg_pool2d(mask.float(), (height, width)) > 0.5
+def make_item(
+    result: Result, row: int, pool: Pool, fill: Fill, transform: Callable[..., Any] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image `row` of `result` as an item of a `SyntheticDataset`, with no memory of the pool's."""
+    one = slice(row, row + 1)
+    info, keep = pool.info, result.keep[one]
+    filled = fill_dropped(result.images[one], keep, result.indices[one], info, pool.config.seed, fill)
+    image, mask = filled[0], patch_mask(keep, info.num_patches)
+    if transform is not None:
+        image, mask = _transformed(image, pixel_mask(mask, info), info, transform)
+    return image, mask.flatten(), result.targets[row].clone(), result.logits[row].clone()
+
+
+def _transformed(image: Tensor, mask: Tensor, info: ModelInfo, transform: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    """(C, H, W), (1, H, W) bool -> (C, H', W'), (N',) bool."""
+    from torchvision import tv_tensors
+
+    pair = transform(tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8)))
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+        raise SmiError("the transform does not return an (image, mask) pair; use one of torchvision.transforms.v2.")
+    image, mask = (x.as_subclass(Tensor) for x in pair)
+    height, width = info.patch_size
+    size = tuple(image.shape[-2:])
+    if size != tuple(mask.shape[-2:]) or size[0] % height or size[1] % width:
+        raise SmiError(
+            f"the transform returns an image of {size} and a mask of {tuple(mask.shape[-2:])} pixels; expected the "
+            f"same multiple of the patch size {(height, width)} for both."
+        )
+    return image, torch.nn.functional.avg_pool2d(mask.float(), (height, width)) > 0.5
 
 
 def open_filled(pool: Pool | str | Path, fill: str) -> Pool:
     """The pool, opened and with at least one image. Raises `SmiError` if it is empty or `fill` is unknown."""
     if fill not in get_args(Fill):
         raise SmiError(f"fill is {fill!r}.{did_you_mean(str(fill), get_args(Fill))}")
-    pool = pool if isinstance(pool, Pool) else Pool(pool)
+    pool = pool if isinstance(pool, Pool) else open_pool(pool)
     if not len(pool):
         raise SmiError(f"the pool {str(pool.path)!r} holds no finished batch yet; run its inversion first.")
     return pool

@@ -21,3 +21,11 @@ def did_you_mean(value: str, options: Iterable[str], limit: int = 8) -> str:
         return f" Did you mean {near[0]!r}?"
     shown = ", ".join(options[:limit])
     return f" Choose one of: {shown}{', ...' if len(options) > limit else ''}."
+
+
+def reason(error: Exception) -> str:
+    """What `error` says, as part of a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

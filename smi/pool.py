@@ -14,44 +14,35 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import hashlib
+import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
 import re
 import secrets
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from smi._version import __version__
 from smi.config import Config
-from smi.errors import SmiError
-from smi.state import ModelInfo, Phase, Result, WorkPlan
+from smi.errors import SmiError, reason
+from smi.shard import DAMAGE, build, check_result, decode, encode, read_hash
+from smi.state import ModelInfo, Result, WorkPlan
 
 FORMAT, FORMAT_VERSION = "smi-pool", 1
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _PICTURE = re.compile(r"\d{6,}_[a-z0-9-]+\.png")
-_TEMP = re.compile(r"\.smi-tmp-[0-9a-f]{8}-.+")
-_DTYPES = {
-    "images": torch.float32,
-    "keep": torch.int64,
-    "dropped_at": torch.int32,
-    "targets": torch.int64,
-    "indices": torch.int64,
-    "logits": torch.float32,
-    "snapshots": torch.uint8,
-}
-_Plain = TypeVar("_Plain", ModelInfo, WorkPlan, Phase)
+TEMP = re.compile(r"\.smi-tmp-[0-9a-f]{8}-.+")
 
 
 class PoolWriter:
@@ -90,14 +81,14 @@ class PoolWriter:
             raise SmiError(f"no pool can be made: {error}.") from None
         with writing(self.path):
             os.makedirs(self.path, exist_ok=True)
-            files = [file for file in os.listdir(self.path) if not _TEMP.fullmatch(file) and file != "workers"]
+            files = [file for file in os.listdir(self.path) if not TEMP.fullmatch(file) and file != "workers"]
         exists = "manifest.json" in files
         if files and not exists:
             raise SmiError(
                 f"{str(self.path)!r} is not a pool and not empty: it holds {sorted(files)[0]!r}. Choose another folder."
             )
         if exists and overwrite:
-            _read_manifest(self.path)
+            read_manifest(self.path)
         elif exists:
             self._check_same(Pool(self.path))
         with writing(self.path):
@@ -127,7 +118,7 @@ class PoolWriter:
             SmiError: `result` is not batch `batch` of the plan, the disk is full, or the folder cannot be written.
         """
         try:
-            _check_result(result, self.info, self.plan, batch)
+            check_result(result, self.info, self.plan, batch)
         except ValueError as error:
             raise SmiError(f"the result does not fit batch {batch} of the pool {str(self.path)!r}: {error}.") from None
         pictures = to_pixels(result.images, self.info)
@@ -135,7 +126,7 @@ class PoolWriter:
             for name, picture in zip(picture_names(self.info, result), pictures, strict=True):
                 atomic_write(self.path / "png" / name, encode_png(picture))
             sync_folder(self.path / "png")
-            atomic_write(shard_path(self.path, batch), _encode_shard(result))
+            atomic_write(shard_path(self.path, batch), encode(result))
             sync_folder(self.path / "shards")
 
     def _check_same(self, pool: Pool) -> None:
@@ -161,7 +152,7 @@ class PoolWriter:
         kill in the middle leaves a smaller pool, not a folder that is none."""
         for folder, own in ((self.path, None), (self.path / "shards", _SHARD), (self.path / "png", _PICTURE)):
             for file in os.listdir(folder) if folder.is_dir() else []:
-                if _TEMP.fullmatch(file) or (overwrite and own and own.fullmatch(file)):
+                if TEMP.fullmatch(file) or (overwrite and own and own.fullmatch(file)):
                     os.unlink(folder / file)
 
     def _manifest(self, device: str) -> dict[str, Any]:
@@ -197,25 +188,30 @@ class Pool:
         SmiError: no such folder, not a pool, damaged, or written by a newer version.
     """
 
+    _manifest, _format = "manifest.json", FORMAT
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path, self._manifest, self._format)
         try:
-            self.info = _build(ModelInfo, self.manifest["model"])
+            self.info = build(ModelInfo, self.manifest["model"])
             self.config = Config.from_dict(self.manifest["config"])
-            self.plan = _build(WorkPlan, self.manifest["plan"])
+            self.plan = build(WorkPlan, self.manifest["plan"])
             self.objectives = _texts("objectives", self.manifest.get("objectives", []))
             _check_plan(self.info, self.plan)
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged_manifest(self.path, error) from None
-        self.batches = _present(self.path, self.plan)
+            raise _damaged_manifest(self.path / self._manifest, error) from None
+        self.batches = self._find()
+
+    def _find(self) -> list[int]:
+        return _present(self.path, self.plan)
 
     @property
     def complete(self) -> bool:
         return len(self.batches) == self.plan.num_batches
 
     def __len__(self) -> int:
-        return sum(len(self.plan.batch(batch)) for batch in self.batches)
+        return self.ends[-1] if self.batches else 0
 
     def load(self, batch: int) -> Result:
         """Read one batch. The tensors are memory-mapped copy-on-write: pages are read when they are used.
@@ -224,17 +220,55 @@ class Pool:
             SmiError: the batch has not been made, or its shard is truncated or otherwise damaged.
         """
         file = shard_path(self.path, batch)
-        if batch not in self.batches:
-            raise SmiError(f"the pool {str(self.path)!r} has no batch {batch}; it has {len(self.batches)} batches.")
+        self._check_present(batch)
         try:
-            result = _decode_shard(file)
-            _check_result(result, self.info, self.plan, batch)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            result = decode(file)
+            check_result(result, self.info, self.plan, batch)
+        except DAMAGE as error:
             raise SmiError(
-                f"the shard {str(file)!r} is damaged ({_reason(error)}); delete it and run the same command again: "
+                f"the shard {str(file)!r} is damaged ({reason(error)}); delete it and run the same command again: "
                 f"only this batch is made anew."
             ) from None
         return result
+
+    def load_verified(self, batch: int) -> Result:
+        """Read one batch, every byte of it.
+
+        Raises:
+            SmiError: as `load`, or it is not what its hash says (where there is one) that was written.
+        """
+        result = self.load(batch)
+        stored, found = read_hash(shard_path(self.path, batch))
+        if stored not in (None, found):
+            raise SmiError(
+                f"the shard {str(shard_path(self.path, batch))!r} holds other numbers than were written; delete it and "
+                f"run the same command again."
+            )
+        return result
+
+    def rows(self, start: int, stop: int, *, verified: bool = False) -> Iterator[tuple[Result, int]]:
+        """Images `start` to `stop` of those present, in order: each a result that has it, and its row there.
+
+        Args:
+            verified: read with `load_verified`.
+        """
+        for at in range(bisect_right(self.ends, start), len(self.batches)):
+            first = self.ends[at - 1] if at else 0
+            if first >= stop:
+                return
+            result = self.load_verified(self.batches[at]) if verified else self.load(self.batches[at])
+            for row in range(max(start, first), min(stop, self.ends[at])):
+                yield result, row - first
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """How many images are present up to and with each batch of `batches`."""
+        return list(itertools.accumulate(len(self.plan.batch(batch)) for batch in self.batches))
+
+    def _check_present(self, batch: int) -> None:
+        at = bisect_left(self.batches, batch)
+        if self.batches[at : at + 1] != [batch]:
+            raise SmiError(f"the pool {str(self.path)!r} has no batch {batch}; it has {len(self.batches)} batches.")
 
     def __iter__(self) -> Iterator[Result]:
         """The batches present, in order, one in memory at a time."""
@@ -276,17 +310,23 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = f"the disk that holds {str(path)!r} is full; free some space and run the same command again."
         else:
-            problem = f"cannot write to {str(path)!r}: {_reason(error)}; choose a folder that you may write to."
+            problem = f"cannot write to {str(path)!r}: {reason(error)}; choose a folder that you may write to."
         raise SmiError(problem) from error
 
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` so that `path` is, at any moment, what it was or all of `data`."""
+    with atomic_file(path) as temp, open(temp, "xb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path`, safely on the disk, if the context is left without error."""
     temp = path.with_name(f".smi-tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        with open(temp, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temp
+        with open(temp, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
     except BaseException:
@@ -316,27 +356,28 @@ def _present(path: Path, plan: WorkPlan) -> list[int]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise SmiError(f"cannot read {str(path / 'shards')!r}: {_reason(error)}.") from None
-    return [batch for batch in range(plan.num_batches) if shard_path(path, batch).name in files]
+        raise SmiError(f"cannot read {str(path / 'shards')!r}: {reason(error)}.") from None
+    return [batch for batch in range(plan.num_batches) if f"{batch:05d}.safetensors" in files]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
+def read_manifest(path: Path, name: str = "manifest.json", format: str = FORMAT) -> dict[str, Any]:
+    """What the manifest `name` of the folder `path` says. Raises `SmiError` where it is not one of that format."""
+    file = path / name
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path):
-            raise SmiError(f"{str(path)!r} is not a pool: it has no manifest.json. Name the folder of one.") from None
+            raise SmiError(f"{str(path)!r} is not a pool: it has no {name}. Name the folder of one.") from None
         raise SmiError(f"there is no pool at {str(path)!r}; expected a folder that an inversion has filled.") from None
     except OSError as error:
-        raise SmiError(f"cannot read {str(file)!r}: {_reason(error)}.") from None
+        raise SmiError(f"cannot read {str(file)!r}: {reason(error)}.") from None
     except (ValueError, RecursionError) as error:
-        raise _damaged_manifest(path, error) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise SmiError(f"{str(path)!r} is not a pool: its manifest.json is of another program. Choose another folder.")
+        raise _damaged_manifest(file, error) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        raise SmiError(f"{str(path)!r} is not a pool: its {name} is of another program. Choose another folder.")
     version = manifest.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise _damaged_manifest(path, ValueError(f"format_version is {version!r}"))
+        raise _damaged_manifest(file, ValueError(f"format_version is {version!r}"))
     if version > FORMAT_VERSION:
         raise SmiError(
             f"the pool {str(path)!r} has format version {version}, this program reads up to {FORMAT_VERSION}; "
@@ -345,40 +386,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damaged_manifest(path: Path, error: Exception) -> SmiError:
+def _damaged_manifest(file: Path, error: Exception) -> SmiError:
     return SmiError(
-        f"the manifest {str(path / 'manifest.json')!r} is damaged ({_reason(error)}); restore it from a copy, "
-        f"or use another folder."
+        f"the manifest {str(file)!r} is damaged ({reason(error)}); restore it from a copy, or use another folder."
     )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
-
-
-def _build(kind: type[_Plain], data: Any) -> _Plain:
-    """The dataclass from JSON data. Raises `ValueError` or `TypeError` for a missing, unknown or ill-typed field."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{kind.__name__} is not a mapping")
-    fields: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in data.items()}
-    value = kind(**fields)
-    for name, hint in get_type_hints(kind).items():
-        if not _fits(getattr(value, name), hint):
-            raise ValueError(f"{name} is {str(getattr(value, name))[:60]!r}")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is tuple:
-        items = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        items = items[:1] * len(value) if items[-1] is Ellipsis else items
-        return len(value) == len(items) and all(map(_fits, value, items))
-    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
 
 
 def _different_losses(old: Sequence[str], new: Sequence[str]) -> str:
@@ -415,94 +426,3 @@ def _check_plan(info: ModelInfo, plan: WorkPlan) -> None:
         raise ValueError(f"the plan has {len(plan.targets)} images in batches of {plan.batch_size}")
     if not 0 <= min(plan.targets) <= max(plan.targets) < info.num_classes:
         raise ValueError(f"the plan has targets outside the classes 0 to {info.num_classes - 1}")
-
-
-def _check_result(result: Result, info: ModelInfo, plan: WorkPlan, batch: int) -> None:
-    """Raises `ValueError` saying how `result` differs from batch `batch` of the plan."""
-    if not 0 <= batch < plan.num_batches:
-        raise ValueError(f"the plan has batches 0 to {plan.num_batches - 1}")
-    numbers = plan.batch(batch)
-    images, patches = len(numbers), info.num_patches
-    shapes: dict[str, tuple[int | None, ...]] = {
-        "images": (images, *info.input_size),
-        "keep": (images, None),
-        "dropped_at": (images, patches),
-        "targets": (images,),
-        "indices": (images,),
-        "logits": (images, info.num_classes),
-        "snapshots": (len(result.snapshot_at), None, *info.input_size),
-    }
-    for name, shape in shapes.items():
-        _check_tensor(name, getattr(result, name), shape, _DTYPES[name])
-    for name, values in result.losses.items():
-        _check_tensor(f"loss {name}", values, (images,), torch.float32)
-    for name, values in result.history.items():
-        _check_tensor(f"history {name}", values, (None,), torch.float32)
-    if result.indices.tolist() != list(numbers):
-        raise ValueError(f"its images are not {numbers.start} to {numbers.stop - 1}")
-    if result.targets.tolist() != [plan.targets[i] for i in numbers]:
-        raise ValueError("its targets are not those of the plan")
-    if ((result.keep < 0) | (result.keep >= patches)).any() or (result.keep.diff(dim=1) <= 0).any():
-        raise ValueError(f"keep is not ascending within 0 to {patches - 1}")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    fits = len(shape) == tensor.ndim and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype != dtype:
-        want = "x".join("?" if size is None else str(size) for size in shape)
-        have = "x".join(map(str, tensor.shape))
-        raise ValueError(f"{name} is {have} {tensor.dtype}, expected {want} {dtype}")
-
-
-def _encode_shard(result: Result) -> bytes:
-    tensors = {name: getattr(result, name) for name in _DTYPES}
-    tensors |= {f"loss.{name}": values for name, values in result.losses.items()}
-    tensors |= {f"history.{name}": values for name, values in result.history.items()}
-    # safetensors refuses tensors that share memory, such as rows of one history.
-    tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    phases = [dataclasses.asdict(phase) for phase in result.phases]
-    extra: dict[str, Any] = {"snapshot_at": result.snapshot_at, "phases": phases, "tries": result.tries}
-    return save(tensors, {"smi": json.dumps({**extra, "sha256": _hash(tensors, extra)})})
-
-
-def read_hash(file: Path) -> tuple[str | None, str]:
-    """The hash that a shard was given when it was made (None by versions that gave none), and that of what it holds.
-
-    Raises:
-        SmiError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as shard:
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
-            extra = dict(json.loads((shard.metadata() or {})["smi"]))
-        return extra.pop("sha256", None), _hash(tensors, extra)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise SmiError(f"the shard {str(file)!r} cannot be read: {_reason(error)}.") from None
-
-
-def _hash(tensors: dict[str, Tensor], extra: dict[str, Any]) -> str:
-    """SHA-256 over `extra` and the names, shapes, dtypes and bytes of the tensors."""
-    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _decode_shard(file: Path) -> Result:
-    with safe_open(file, framework="pt") as shard:
-        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
-        extra = json.loads((shard.metadata() or {})["smi"])
-    at = extra["snapshot_at"]
-    if not isinstance(at, list) or not all(isinstance(t, int) for t in at):
-        raise ValueError("snapshot_at is not a list of iterations")
-    return Result(
-        **{name: tensors[name] for name in _DTYPES},
-        losses={name.removeprefix("loss."): values for name, values in tensors.items() if name.startswith("loss.")},
-        history={name.removeprefix("history."): v for name, v in tensors.items() if name.startswith("history.")},
-        snapshot_at=at,
-        phases=[_build(Phase, phase) for phase in extra["phases"]],
-        tries=int(extra.get("tries", 1)),
-    )

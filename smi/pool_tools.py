@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from smi.errors import SmiError
-from smi.pool import Pool, PoolWriter, picture_names, read_hash, shard_path, writing
+import numpy as np
+import torch
+
+from smi.errors import SmiError, reason
+from smi.index import NAME, shard_name
+from smi.packed import PackedPool, decode_png, members_of, open_pool, scan
+from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels, writing
+from smi.shard import content_hash, read_hash
 from smi.state import ROWS, Result, WorkPlan
+from smi.tar import Record
 from smi.workers import Workers
 
 
@@ -38,13 +47,18 @@ class Verification:
 def verify(path: str | Path, on_batch: Callable[[int, int], None] | None = None) -> Verification:
     """Read every batch, compare it with the hash that was stored when it was made, and look for its pictures.
 
+    Of a packed pool every image is compared with its row of the index, with its own hash, and its picture, class and
+    JSON with what they must be of these pixels.
+
     Args:
-        on_batch: called with the batches read and those present.
+        on_batch: called with the batches read and those present; of a packed pool with its tar files.
 
     Raises:
         SmiError: no pool, or a damaged manifest.
     """
-    pool = Pool(path)
+    pool = open_pool(path)
+    if isinstance(pool, PackedPool):
+        return _verify_packed(pool, on_batch)
     problems: list[str] = []
     whole = images = unhashed = 0
     there = set(os.listdir(pool.path / "png")) if (pool.path / "png").is_dir() else set()
@@ -75,33 +89,107 @@ def verify(path: str | Path, on_batch: Callable[[int, int], None] | None = None)
     return Verification(whole, images, pool.plan.num_batches - len(pool.batches), unhashed, problems)
 
 
-def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
-    """Put the batches of `parts`, pools of one plan (as ``--shard`` makes them), into the pool `out`.
+def _verify_packed(pool: PackedPool, on_shard: Callable[[int, int], None] | None) -> Verification:
+    problems: list[str] = []
+    bad: set[int] = set()
+    images, shards = 0, int(pool.index.shards[-1]) + 1
+    stray = {file.name for file in pool.path.glob("shard-*.tar")} - {shard_name(shard) for shard in range(shards)}
+    problems += [f"{name} is none of the tar files of the index; remove it." for name in sorted(stray)]
+    try:
+        for shard, listed in itertools.groupby(pool.index.rows(), itemgetter("shard")):
+            for number, found in _compared(pool, shard, listed):
+                if found:
+                    said = f"{shard_name(shard)}: {found}"
+                    if problems[-1:] != [said]:  # once for all images of a tar file that cannot be read on
+                        problems.append(said)
+                    bad.add(number // pool.plan.batch_size)
+                else:
+                    images += 1
+            if on_shard is not None:
+                on_shard(shard + 1, shards)
+    except OSError as error:
+        problems.append(f"the index {str(pool.index.path)!r} is damaged ({reason(error)}); pack the pool again.")
+    return Verification(len(pool.batches) - len(bad), images, pool.plan.num_batches - len(pool.batches), 0, problems)
 
-    Files are linked where the file system can, else copied; the parts stay as they are. Calling it again goes on.
+
+def _compared(pool: PackedPool, shard: int, listed: Iterator[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Each image of a tar file, and what is wrong with it, or nothing."""
+    scanned = scan(pool.path / shard_name(shard), pool, pool.pixels)
+    for row in listed:
+        try:
+            found, one, record = next(scanned)
+        except (SmiError, StopIteration) as error:
+            said = str(error) or "it ends too early."
+            yield from ((missing["index"], said) for missing in itertools.chain([row], listed))
+            return
+        yield row["index"], _difference(row, found) or _wrong(pool, one, record)
+    try:
+        if next(scanned, None) is not None:
+            yield row["index"], f"image {row['index']} is not the last one, which the index says."
+    except SmiError as error:
+        yield row["index"], str(error)
+
+
+def _difference(row: dict[str, Any], found: dict[str, Any]) -> str:
+    for name, value in found.items():
+        same = row[name] == (float(np.float32(value)) if isinstance(value, float) else value)
+        if not same and value == value:  # a confidence that is not finite may be NaN
+            return f"image {row['index']} has {name} {value!r}, and the index says {row[name]!r}."
+    return ""
+
+
+def _wrong(pool: PackedPool, one: Result, record: Record) -> str:
+    """What the members of an image that could be read have wrong."""
+    for name, values in (("pixels", one.images), ("logits", one.logits)):
+        if not values.isfinite().all():
+            return f"image {record.key} has {name} that are not finite."
+    expected = members_of(one, pool, pool.pixels)
+    for name in ("cls", "json"):
+        if record.members[name] != expected[name]:
+            return f"{record.key}.{name} says something else than {record.key}.safetensors."
+    try:
+        same = torch.equal(decode_png(record.members["png"], pool.info), to_pixels(one.images[0], pool.info))
+    except ValueError as error:
+        return f"image {record.key}: {error}."
+    return "" if same else f"{record.key}.png shows something else than {record.key}.safetensors."
+
+
+def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
+    """Put the batches of `parts`, pools of one plan (as ``--shard`` makes them) in any form, into the pool `out`.
+
+    `out` is a folder of shards, so that one packed part is unpacked. Files of such folders are linked where the file
+    system can, else copied; the parts stay as they are. Calling it again goes on.
 
     Raises:
-        SmiError: no parts, parts of different plans, a damaged shard, or a batch that two parts hold differently.
+        SmiError: no parts, parts of different plans, a damaged shard, a batch that two parts hold differently, or a
+            packed part that holds pictures alone.
     """
     if not parts:
         raise SmiError("no pools were given to merge; name at least one.")
-    pools = [Pool(part) for part in parts]
+    pools = [open_pool(part) for part in parts]
     first = pools[0]
-    for other in pools[1:]:
+    for other in pools:
         for what in _names:
             if getattr(other, what) != getattr(first, what):
                 raise SmiError(
                     f"{str(other.path)!r} and {str(first.path)!r} differ in their {_names[what]}; only parts of one "
                     f"plan can be put together."
                 )
+        if isinstance(other, PackedPool) and other.pixels == "png":
+            raise SmiError(
+                f"the packed pool {str(other.path)!r} holds pictures alone, rounded to 256 levels; name the pool that "
+                f"it was made of, or pack that with pixels of float32."
+            )
     _check_doubles(pools)
     with Workers(Path(out)):
         where = str(first.manifest["device"])
         writer = PoolWriter(out, first.info, first.config, first.plan, device=where, objectives=first.objectives)
+        present = set(writer.present)
         for pool in pools:
             for batch in pool.batches:
-                if batch not in writer.present:
-                    _take(pool, batch, writer.path)
+                if batch not in present:
+                    _take(pool, batch, writer)
+                    present.add(batch)
     return Pool(out)
 
 
@@ -109,22 +197,22 @@ _names = {"info": "model", "config": "config", "plan": "work plan", "objectives"
 
 
 def _check_doubles(pools: Sequence[Pool]) -> None:
-    for batch, times in Counter(batch for pool in pools for batch in pool.batches).items():
-        if times > 1:
-            holders = [pool for pool in pools if batch in pool.batches]
-            hashes = {read_hash(shard_path(pool.path, batch))[1] for pool in holders}
-            if len(hashes) > 1:
+    seen: dict[int, Pool] = {}
+    for pool in pools:
+        for batch in pool.batches:
+            other = seen.setdefault(batch, pool)
+            if other is not pool and content_hash(other.load(batch)) != content_hash(pool.load(batch)):
                 raise SmiError(
-                    f"{str(holders[0].path)!r} and {str(holders[1].path)!r} hold different images in batch {batch}; "
+                    f"{str(other.path)!r} and {str(pool.path)!r} hold different images in batch {batch}; "
                     f"delete that shard in one of them."
                 )
 
 
-def _take(pool: Pool, batch: int, out: Path) -> None:
-    result = pool.load(batch)
-    stored, found = read_hash(shard_path(pool.path, batch))
-    if stored not in (None, found):
-        raise SmiError(f"the shard {str(shard_path(pool.path, batch))!r} holds other numbers than were written.")
+def _take(pool: Pool, batch: int, writer: PoolWriter) -> None:
+    result, out = pool.load_verified(batch), writer.path
+    if isinstance(pool, PackedPool):
+        writer.write(batch, result)
+        return
     with writing(out):
         for name in picture_names(pool.info, result):
             if (pool.path / "png" / name).is_file():
@@ -145,12 +233,12 @@ def _link(source: Path, target: Path) -> None:
 
 
 def stats(path: str | Path) -> dict[str, Any]:
-    """What is there, JSON-serialisable: images of each class, agreement, time, bytes.
+    """What is there, in either form, JSON-serialisable: images of each class, agreement, time, bytes.
 
     Raises:
         SmiError: no pool, or a damaged shard.
     """
-    pool = Pool(path)
+    pool = open_pool(path)
     classes: Counter[str] = Counter()
     agreeing, seconds, flops = 0, 0.0, 0
     retried = []
@@ -161,7 +249,12 @@ def stats(path: str | Path) -> dict[str, Any]:
         agreeing += int((result.logits.argmax(1) == result.targets).sum())
         seconds += sum(phase.seconds for phase in result.phases)
         flops += sum(phase.flops for phase in result.phases)
-    sizes = {kind: sum(f.stat().st_size for f in (pool.path / kind).glob("*")) for kind in ("shards", "png")}
+    kinds = (
+        {"shards": "shard-*.tar", "index": NAME}
+        if isinstance(pool, PackedPool)
+        else {"shards": "shards/*", "png": "png/*"}
+    )
+    sizes = {kind: sum(file.stat().st_size for file in pool.path.glob(names)) for kind, names in kinds.items()}
     images = sum(classes.values())
     return {
         "path": str(pool.path),

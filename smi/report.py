@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smi.errors import SmiError
+from smi.packed import open_pool
 from smi.pool import Pool, atomic_write, writing
 from smi.report_data import Tally, collect
 
@@ -68,7 +69,7 @@ def write_report(
 
 
 def _open(pool_path: str | Path, judge: nn.Module | None, max_images: int) -> tuple[Pool, Tally]:
-    pool = Pool(pool_path)
+    pool = open_pool(pool_path)
     if not len(pool):
         raise SmiError(f"the pool {str(pool_path)!r} has no finished batch yet; go on with `smi invert` first.")
     judge = own_judge(pool.info) if judge is None else judge

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smi.augment import seed_of
 from smi.errors import SmiError
 from smi.inversion import Inversion, check_fit
 from smi.objectives import Objective, Objectives
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from smi.state import WorkPlan
 
 
-_TRIES, _NEXT_SEED = 3, 1_000_003  # seeds that a batch is tried with, and how far they lie apart
+_TRIES = 3  # seeds that a batch is tried with
 _LOOK_AGAIN = 2.0  # seconds, while all that is left is in other runs' hands
 
 
@@ -189,7 +190,7 @@ def invert_batch(
     indices = list(plan.batch(batch))
     report = None if on_iteration is None else functools.partial(on_iteration, batch)
     for tries in range(_TRIES):
-        seeded = config.replace(seed=config.seed + tries * _NEXT_SEED)
+        seeded = config.replace(seed=seed_of(config.seed, tries + 1))
         result = _invert(model, plan, seeded, indices, objectives, report)
         if result.images.isfinite().all() and result.logits.isfinite().all():
             return dataclasses.replace(result, tries=tries + 1)
