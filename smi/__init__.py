@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
-    from smi import losses, schedules
+    from smi import calibration, export, losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.config import PRESETS, Config, preset
@@ -61,7 +61,7 @@ _HOME = {
     "teach": "transfer",
 }
 
-_MODULES = ("losses", "schedules")
+_MODULES = ("calibration", "export", "losses", "schedules")
 
 __all__ = [
     "PRESETS",
@@ -85,7 +85,9 @@ __all__ = [
     "TransferConfig",
     "WorkPlan",
     "__version__",
+    "calibration",
     "evaluate",
+    "export",
     "invert",
     "load_model",
     "load_quantized",
