@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
-    from smi import losses, schedules
+    from smi import calibration, export, losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.comparison import compare
@@ -74,7 +74,7 @@ _HOME = {
     "with_text_head": "text_head",
 }
 
-_MODULES = ("losses", "schedules")
+_MODULES = ("calibration", "export", "losses", "schedules")
 
 __all__ = [
     "PRESETS",
@@ -101,8 +101,10 @@ __all__ = [
     "TransferConfig",
     "WorkPlan",
     "__version__",
+    "calibration",
     "compare",
     "evaluate",
+    "export",
     "invert",
     "load_model",
     "load_quantized",

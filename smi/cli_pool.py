@@ -26,7 +26,8 @@ def verify(pool: _Pool, as_json: _Json = False) -> None:
     """Read every batch and compare it with the hash stored when it was made. Exit code 1 if anything is wrong."""
     from smi.pool_tools import verify as check
 
-    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading")
         found = check(pool, lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:

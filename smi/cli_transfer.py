@@ -127,7 +127,8 @@ def transfer(options: TransferOptions) -> None:
     )
     student = options.build(options.seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=options.json) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("epochs", total=config.epochs)
 
         def told(number: int, epoch: Epoch) -> None:

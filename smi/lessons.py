@@ -70,13 +70,16 @@ class Stored:
     def __init__(self, pool: Pool | str | Path, fill: Fill, holdout: float, seed: int) -> None:
         self._pool = pool = open_filled(pool, fill)
         self.info = pool.info
-        total, held = len(pool), round(holdout * len(pool))
+        # Images of one trajectory go together: they have grown out of the same pixels.
+        repeat = pool.config.images_per_trajectory
+        total, held = len(pool), repeat * round(holdout * len(pool) / repeat)
         if held < 1 or held >= total:
             raise SmiError(
                 f"the pool has {total} images, of which a share of {holdout:g} held out leaves {held} to choose a "
                 f"student by and {total - held} to train on; make more images or change holdout."
             )
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(total // repeat, generator=torch.Generator().manual_seed(seed))
+        order = (order[:, None] * repeat + torch.arange(repeat)).flatten()
         split = order[held:].sort().values, order[:held].sort().values
         self._lessons = Lessons(*_collect(pool, pool.info, pool.config.seed, fill), *split)
 

@@ -206,6 +206,7 @@ class Quantized:
         return share
 
 
+@torch.random.fork_rng(devices=())  # torchao draws numbers here and there, and the caller's stream is the caller's
 def quantize(
     model: nn.Module,
     calibration: Calibration,

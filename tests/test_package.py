@@ -44,6 +44,14 @@ def fresh(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_what_the_readme_says_of_smi_is_there_after_importing_it() -> None:
+    text = (ROOT / "README.md").read_text()
+    said = {tuple(words.split(".")) for words in re.findall(r"(?<![\w/.-])smi\.([A-Za-z_][\w.]*\w)", text)} - {("cli",)}
+    assert ("export", "CalibrationReader") in said
+    code = f"import functools, smi\nfor words in {sorted(said)}: functools.reduce(getattr, words, smi)"
+    assert fresh(code) == ""
+
+
 # --- lean imports ---
 
 

@@ -29,6 +29,7 @@ from smi.errors import SmiError
 from smi.pool import Pool
 from smi.quantization import Quantized, _prepare
 from smi.quantizer import MseObserver, PercentileObserver, Scheme, VitQuantizer
+from smi.refinement import Refinement
 from smi.state import WorkPlan
 
 
@@ -308,7 +309,9 @@ def test_the_callers_model_stays_as_it_was(made: Quantized, model: Any, pool: Po
     model.train()
     modes = [module.training for module in model.modules()]
     before = weights_hash(model), [getattr(m, "fused_attn", None) for m in model.modules()]
-    smi.quantize(model, from_pool(pool), weights=4)
+    numbers = torch.get_rng_state()
+    smi.quantize(model, from_pool(pool), weights=4, refine=Refinement(steps=1))
+    assert torch.equal(torch.get_rng_state(), numbers)
     assert (weights_hash(model), [getattr(m, "fused_attn", None) for m in model.modules()]) == before
     assert [module.training for module in model.modules()] == modes
     model.eval()

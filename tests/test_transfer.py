@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 import smi
 from smi.cli import app
 from smi.dataset import SyntheticDataset
+from smi.lessons import Stored
 from smi.pool import Pool, PoolWriter
+from smi.run import run
 from smi.transfer import TransferConfig, divergence, teach
 
 SHORT = TransferConfig(epochs=3, batch_size=8, holdout=0.25)
@@ -187,6 +189,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> N
     assert again.curve == whole.curve
 
 
+def test_images_of_one_trajectory_are_not_on_both_sides_of_the_split(tmp_path: Path) -> None:
+    config = smi.Config(strategy="rebirth", division=4, iterations=8, batch_size=5, snapshots=0)
+    plan = smi.WorkPlan.balanced(range(CLASSES), 40, 5, CLASSES, repeat=4)
+    run(smi.SparseModel(tiny(num_classes=CLASSES), name="teacher"), plan, config, tmp_path / "pool")
+    lessons = Stored(tmp_path / "pool", "as-is", 0.3, seed=0).lessons(0)
+    taught, held = (set((rows // 4).tolist()) for rows in (lessons.taught, lessons.held))
+    assert (len(taught), len(held)) == (7, 3) and not taught & held
+    assert sorted([*lessons.taught.tolist(), *lessons.held.tolist()]) == list(range(40))
+
+
 # --- images made meanwhile ---
 
 MEANWHILE = smi.Config(iterations=6, prune_at=(2,), prune_ratio=(0.5,), batch_size=10, seed=4, snapshots=0)
@@ -336,5 +348,7 @@ def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path) -> None:
     assert "resnet10t, fed all patches: epoch" in shown.output and "student.safetensors" in shown.output
     found = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
     assert len(found["curve"]) == 2 and found["fed"] == "all"
+    again = CliRunner().invoke(app, args)  # done already, and no terminal
+    assert again.stderr == "" and again.stdout == shown.stdout
     wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
     assert wrong.exit_code == 2 and "mode is 'teach'" in wrong.output

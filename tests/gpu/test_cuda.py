@@ -94,12 +94,14 @@ def test_error_at_real_sizes_is_within_that_of_eager_pytorch(name: str, precisio
     found = gradient(SparseViT.from_timm(model, precision), images, keep)
     twin = smi.SparseModel(model, backend="reference")
     cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    # Of convolutions too, where PyTorch rounds unless told otherwise: float32 shall be held against float32.
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         with torch.autocast("cuda", cast, enabled=cast is not None):
             eager = gradient(lambda x, k: twin.feed(x, k)[0], images, keep)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, before
     exact_twin = smi.SparseModel(model.double(), backend="reference")
     exact = gradient(lambda x, k: exact_twin.feed(x, k)[0], images.double(), keep)
     for ours, theirs, truth in zip(found, eager, exact, strict=True):
