@@ -228,7 +228,8 @@ class Workload:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-# The first `_FEW` meet every shipped tile in every arithmetic; all of them the widths of DeiT-Ti, -S, -B and ViT-L too.
+# The first `_FEW` meet every shipped tile in every arithmetic, and every GELU; all of them the widths of DeiT-Ti, -S,
+# -B and ViT-L too.
 WORKLOADS = [
     Workload(192, 3, 128, 46, "bf16"),
     Workload(384, 6, 128, 46, "bf16"),
@@ -236,11 +237,13 @@ WORKLOADS = [
     Workload(768, 12, 128, 196, "tf32"),
     Workload(384, 6, 32, 46, "fp32"),
     Workload(192, 3, 2, 46, "tf32"),
+    Workload(384, 6, 128, 46, "bf16", (("act_layer", "quick_gelu"), ("pre_norm", True))),
+    Workload(384, 6, 128, 46, "bf16", (("act_layer", "gelu_tanh"), ("global_pool", "map"), ("class_token", False))),
     Workload(768, 12, 32, 196, "bf16", (("qk_norm", True),)),
     Workload(1024, 16, 128, 137, "bf16"),
     Workload(768, 12, 32, 196, "fp32"),
 ]
-_FEW = 6
+_FEW = 8
 # What is left of a matrix kernel where the vendor's library makes the product: by what operands and sums are.
 _WITH_VENDOR = [WORKLOADS[0], WORKLOADS[4]]
 

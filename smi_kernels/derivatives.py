@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_kernels.linear.reference import gradient_sums
+from smi_kernels.linear.reference import gelu_slope, gradient_sums
 
 
 def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,14 +64,19 @@ def _norm_linear_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(output[-1])
 
 
+def _norm_linear_gelu_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *others, ctx.kind = inputs
+    _norm_linear_saved(ctx, tuple(others), output)
+    ctx.inputs = len(inputs)
+
+
 def _norm_linear(ctx: Any, du: Tensor, _: Tensor) -> tuple[Any, ...]:
     return _through_norm(ctx, du)
 
 
 def _norm_linear_gelu(ctx: Any, du: Tensor, d_activation: Tensor, _: Tensor) -> tuple[Any, ...]:
     u = ctx.saved_tensors[4]
-    wide = torch.ops.aten.gelu_backward(d_activation.to(_wide(u.dtype)), u.to(_wide(u.dtype)))
-    return _through_norm(ctx, du + wide)
+    return _through_norm(ctx, du + d_activation.to(_wide(u.dtype)) * gelu_slope(u.to(_wide(u.dtype)), ctx.kind))
 
 
 def _through_norm(ctx: Any, du: Tensor) -> tuple[Any, ...]:
@@ -110,7 +115,7 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "embed_tokens": (_embed, _embed_saved),
     "linear_residual": (_linear_residual, _linear_residual_saved),
     "norm_linear": (_norm_linear, _norm_linear_saved),
-    "norm_linear_gelu": (_norm_linear_gelu, _norm_linear_saved),
+    "norm_linear_gelu": (_norm_linear_gelu, _norm_linear_gelu_saved),
     "prior_sums": (_prior_sums, _prior_sums_saved),
 }
 

@@ -33,6 +33,7 @@ class Folded:
         proj, fc1, fc2: attention's output, with the first LayerScale; hidden layer, with the second norm; output, with
             the second LayerScale.
         qk_norm: (4, d) weight and bias of the query norm (with the softmax scale) and of the key norm, or None.
+        gelu: which one is the activation (`smi_kernels.linear.reference.GELUS`).
         eps, qk_eps: of the two norms, and of query and key norm.
     """
 
@@ -40,6 +41,7 @@ class Folded:
     proj: Linear
     fc1: Linear
     fc2: Linear
+    gelu: str
     qk_norm: Tensor | None
     eps: tuple[float, float]
     qk_eps: float
@@ -201,6 +203,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             proj=linear(attn.proj, after=gammas[0]),
             fc1=linear(timm.mlp.fc1, timm.norm2),
             fc2=linear(timm.mlp.fc2, after=gammas[1]),
+            gelu=str(_gelu(timm.mlp.act)),
             qk_norm=qk_norm,
             eps=(timm.norm1.eps, timm.norm2.eps),
             qk_eps=getattr(attn.q_norm, "eps", 0.0),
@@ -221,6 +224,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             proj=linear(timm.proj),
             fc1=linear(timm.mlp.fc1, timm.norm),
             fc2=linear(timm.mlp.fc2),
+            gelu=str(_gelu(timm.mlp.act)),
             qk_norm=None,
             eps=(model.norm.eps, timm.norm.eps),
             qk_eps=0.0,
@@ -389,11 +393,18 @@ def _mlp(mlp: Any) -> list[str]:
     if type(mlp).__name__ != "Mlp":
         return [f"its MLP is {type(mlp).__name__}, not timm's Mlp"]
     reasons = []
-    exact = (isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none") or type(mlp.act).__name__ == "GELU"
-    if not exact or getattr(mlp.act, "approximate", "none") != "none":
-        reasons.append(f"its activation is {mlp.act}, not the exact GELU")
+    if _gelu(mlp.act) is None:
+        reasons.append(f"its activation is {mlp.act}, not GELU, its tanh or its quick approximation")
     if not isinstance(mlp.norm, nn.Identity):
         reasons.append("its MLP has a norm inside")
     if not isinstance(mlp.fc1, nn.Linear):
         reasons.append("its MLP is convolutional")
     return reasons
+
+
+def _gelu(activation: nn.Module) -> str | None:
+    """Which GELU this module is, as `smi_kernels.linear.reference.GELUS` has it; None if it is none."""
+    name = type(activation).__name__
+    if name == "GELU":  # torch's, or timm's, which is exact
+        return {"none": "erf", "tanh": "tanh"}.get(getattr(activation, "approximate", "none"))
+    return {"GELUTanh": "tanh", "QuickGELU": "sigmoid"}.get(name)

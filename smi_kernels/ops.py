@@ -167,10 +167,10 @@ def _(x, stats, weight, colsum, bias, eps, out_dtype, precision):
 
 @_define(
     "linear",
-    "norm_linear_gelu(Tensor x, Tensor stats, Tensor weight, Tensor colsum, Tensor bias, float eps, str precision)"
-    " -> (Tensor, Tensor, Tensor)",
+    "norm_linear_gelu(Tensor x, Tensor stats, Tensor weight, Tensor colsum, Tensor bias, float eps, str precision,"
+    ' str kind="erf") -> (Tensor, Tensor, Tensor)',
 )
-def _(x, stats, weight, colsum, bias, eps, precision):
+def _(x, stats, weight, colsum, bias, eps, precision, kind="erf"):
     u = x.new_empty(x.shape[0], weight.shape[0])
     return u, torch.empty_like(u), stats.new_empty(x.shape[0], 2)
 
@@ -191,9 +191,10 @@ def _(dy, weight, out_dtype, precision):
 
 @_define(
     "linear",
-    "linear_gelu_dx(Tensor dy, Tensor weight, Tensor u, Tensor colsum, Tensor bias, str precision) -> (Tensor, Tensor)",
+    "linear_gelu_dx(Tensor dy, Tensor weight, Tensor u, Tensor colsum, Tensor bias, str precision,"
+    ' str kind="erf") -> (Tensor, Tensor)',
 )
-def _(dy, weight, u, colsum, bias, precision):
+def _(dy, weight, u, colsum, bias, precision, kind="erf"):
     return torch.empty_like(u), colsum.new_empty(u.shape[0], _chunks(u.shape[1]), 2)
 
 

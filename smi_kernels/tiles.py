@@ -1,4 +1,4 @@
-"""What the kernels of several operations share: matrix products of tiles, and merging of row statistics.
+"""What kernels share: matrix products of tiles, activations, and merging of row statistics.
 
 Row statistics come in chunks of `STAT_CHUNK` columns, as (mean, sum of squared deviations): whoever writes rows of
 width D leaves ceil(D / STAT_CHUNK) pairs a row, and whoever normalises them merges the pairs (Chan, Golub & LeVeque,
@@ -73,6 +73,20 @@ def store_row_statistics(stats_ptr, x, rows, first, stride_m, M, D, BLOCK_M: tl.
     mask = (rows < M)[:, None] & (chunk * STAT_CHUNK < D)[None, :]
     tl.store(pairs, mean, mask=mask)
     tl.store(pairs + 1, tl.sum(apart * apart, axis=2), mask=mask)
+
+
+@triton.jit
+def gelu_factor(u, KIND: tl.constexpr):
+    """The factor of `u` in a GELU of `KIND` (`smi_kernels.linear.reference.GELUS`), and that factor's derivative."""
+    if KIND == "erf":
+        below = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    else:
+        A: tl.constexpr = 1.5957691216057308 if KIND == "tanh" else 1.702
+        B: tl.constexpr = 0.044715 if KIND == "tanh" else 0.0
+        below = 1.0 / (1.0 + tl.exp(-A * u * (1.0 + B * u * u)))
+        density = below * (1.0 - below) * A * (1.0 + 3.0 * B * u * u)
+    return below, density
 
 
 def chunks(D: int) -> int:

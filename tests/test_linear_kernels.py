@@ -52,15 +52,17 @@ def exact(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() for name, value in tensors.items()}
 
 
-def chain(module: Any, t: dict[str, Any]) -> dict[str, Tensor]:
+def chain(module: Any, t: dict[str, Any], kind: str = "erf") -> dict[str, Tensor]:
     """All operations once, each on what the ones before it made."""
     low = t["weight"].dtype
     rows = t["x"].to(low)
     stats = reference.row_statistics(t["x"])
-    u, activation, moments = module.norm_linear_gelu(rows, stats, t["weight"], t["colsum"], t["bias"], 1e-6)
+    u, activation, moments = module.norm_linear_gelu(
+        rows, stats, t["weight"], t["colsum"], t["bias"], 1e-6, "ieee", kind
+    )
     plain, _ = module.norm_linear(rows, stats, t["weight"], t["colsum"], t["bias"], 1e-6, t["x"].dtype)
     y, y_low, y_stats = module.linear_residual(activation, t["weight2"], t["bias2"], t["residual"])
-    du, dstats = module.linear_gelu_dx(t["dy"], t["weight2"], u, t["colsum"], t["bias"])
+    du, dstats = module.linear_gelu_dx(t["dy"], t["weight2"], u, t["colsum"], t["bias"], "ieee", kind)
     dx, dx_low = module.norm_linear_dx(du, t["weight"], dstats, rows, moments, t["residual"], None, 1, 1)
     d_activation = module.linear_dx(t["dy"], t["weight2"], t["x"].dtype)
     mean_rstd = reference.row_moments(y_stats, y.shape[1], 1e-6)
@@ -130,6 +132,49 @@ def test_a_users_table_chooses_the_tile_of_a_shape(tmp_path: Path, monkeypatch: 
         table.write_text(wrong)
         with pytest.raises(ValueError, match=r"SMI_TUNING names .*mine.json.* benchmarks.tune"):
             tile(376)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["tanh", "sigmoid"])
+def test_so_they_do_with_other_gelus(kind: str, dtype: torch.dtype) -> None:
+    tensors = draw(9, 80, 72, dtype)
+    with poisoned():
+        found = chain(kernels, tensors, kind)
+    expected, truth = chain(reference, tensors, kind), chain(reference, exact(tensors), kind)
+    for name in ("u", "activation", "du", "dsums", "dx"):
+        if dtype == torch.float64:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10, msg=name)
+        else:
+            assert within_budget(found[name], expected[name], truth[name], FACTOR.get(dtype, 2.0)), name
+    with_erf = chain(kernels, tensors)
+    assert not any(torch.equal(found[name], with_erf[name]) for name in ("activation", "du"))
+
+
+@pytest.mark.parametrize("kind", reference.GELUS)
+def test_gelus_and_their_slopes(kind: str) -> None:
+    """By their definitions, and finite differences; far out they are 0 or u."""
+    u = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    expected = {
+        "erf": 0.5 * u * (1 + torch.erf(u / 2**0.5)),
+        "tanh": 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3))),
+        "sigmoid": u / (1 + torch.exp(-1.702 * u)),
+    }[kind]
+    torch.testing.assert_close(reference.gelu(u, kind), expected, rtol=1e-12, atol=1e-12)
+    difference = (reference.gelu(u + 1e-5, kind) - reference.gelu(u - 1e-5, kind)) / 2e-5
+    torch.testing.assert_close(reference.gelu_slope(u, kind), difference, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", reference.GELUS)
+def test_far_out_gelus_are_nothing_or_their_argument(kind: str) -> None:
+    """Where exponentials overflow too."""
+    far = torch.tensor([-1e4, -300.0, -40.0, 40.0, 300.0, 1e4], device=DEVICE)
+    eye = torch.eye(6, device=DEVICE)
+    zero = torch.zeros(6, device=DEVICE)
+    stats = torch.tensor([[[0.0, 6.0]]], device=DEVICE)  # mean 0, variance 1
+    u, activation, _ = kernels.norm_linear_gelu(far[None], stats, eye, zero, zero, 1e-12, "ieee", kind)
+    du, _ = kernels.linear_gelu_dx(torch.ones(1, 6, device=DEVICE), eye, far[None], zero, zero, "ieee", kind)
+    torch.testing.assert_close(activation[0], far.clamp_min(0), rtol=1e-6, atol=1e-20)
+    torch.testing.assert_close(du[0], (far > 0).float(), rtol=1e-6, atol=1e-20)
 
 
 def test_references_are_a_norm_two_layers_and_their_gradient() -> None:

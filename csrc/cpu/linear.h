@@ -1,5 +1,5 @@
 // Linear layers of a frozen network, forward and input gradient, with all that surrounds them done while a product is
-// still in the cache: LayerNorm folded into weight and bias, exact GELU, residual sums, row statistics.
+// still in the cache: LayerNorm folded into weight and bias, GELU, residual sums, row statistics.
 //
 // Meanings and shapes: smi_kernels/linear/reference.py.
 #pragma once
@@ -90,9 +90,44 @@ void all_moments(const T* stats, int64_t stats_row, int64_t m, int64_t chunks, i
   for (int64_t i = 0; i < m; ++i) row_moments(stats + i * stats_row, chunks, width, eps, moments + 2 * i);
 }
 
+// The factor of u in GELU and its slope: Phi for ERF, else the logistic function of a u (1 + b u^2).
+enum Gelu : int64_t { ERF, TANH, SIGMOID };
+
+template <typename T, Gelu KIND>
+inline Normal<T> gelu_factor(T u) {
+  if constexpr (KIND == ERF) return normal(u);
+  constexpr T a = KIND == TANH ? T(1.5957691216057308) : T(1.702), b = KIND == TANH ? T(0.044715) : T(0);
+  const T below = 1 / (1 + exponential(-a * u * (1 + b * u * u)));
+  return {below, below * (1 - below) * a * (1 + 3 * b * u * u)};
+}
+
+template <typename T, Gelu KIND>
+inline void gelu(const T* u, int64_t columns, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) out[j] = u[j] * gelu_factor<T, KIND>(u[j]).below;
+}
+
+// Of d, the gradient of the activation: that of u, and its products with `sums` and with u - b.
+template <typename T, Gelu KIND>
+inline void gelu_dx(const T* d, const T* u, const T* sums, const T* b, int64_t columns, T* out, T* products) {
+  T of_colsum = 0, of_u = 0;
+#pragma omp simd reduction(+ : of_colsum, of_u)
+  for (int64_t j = 0; j < columns; ++j) {
+    const Normal<T> at = gelu_factor<T, KIND>(u[j]);
+    const T du = d[j] * (at.below + u[j] * at.density);
+    out[j] = du;
+    of_colsum += du * sums[j];
+    of_u += du * (u[j] - b[j]);
+  }
+  products[0] = of_colsum;
+  products[1] = of_u;
+}
+
 template <typename T>
 void norm_linear(const T* x, int64_t x_row, const T* stats, int64_t stats_row, const T* weight, const T* colsum,
-                 const T* bias, double eps, T* u, T* activation, T* moments, int64_t m, int64_t n, int64_t k) {
+                 const T* bias, double eps, T* u, T* activation, int64_t kind, T* moments, int64_t m, int64_t n,
+                 int64_t k) {
+  const auto activate = kind == ERF ? gelu<T, ERF> : kind == TANH ? gelu<T, TANH> : gelu<T, SIGMOID>;
   all_moments(stats, stats_row, m, (k + PANEL - 1) / PANEL, k, eps, moments);
   linear<T, true>(x, x_row, weight, k, m, n, k, [&](int64_t row, int64_t first, int64_t columns, const T* c) {
     const T mean = moments[2 * row], rstd = moments[2 * row + 1];
@@ -100,10 +135,7 @@ void norm_linear(const T* x, int64_t x_row, const T* stats, int64_t stats_row, c
     T* out = u + row * n + first;
 #pragma omp simd
     for (int64_t j = 0; j < columns; ++j) out[j] = rstd * (c[j] - mean * sums[j]) + b[j];
-    if (activation == nullptr) return;
-    T* active = activation + row * n + first;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) active[j] = out[j] * normal(out[j]).below;
+    if (activation != nullptr) activate(out, columns, activation + row * n + first);
   });
 }
 
@@ -128,24 +160,13 @@ void linear_dx(const T* dy, int64_t dy_row, const T* weight, T* out, int64_t m, 
 }
 
 template <typename T>
-void linear_gelu_dx(const T* dy, int64_t dy_row, const T* weight, const T* u, const T* colsum, const T* bias, T* du,
-                    T* dstats, int64_t m, int64_t n, int64_t k) {
+void linear_gelu_dx(const T* dy, int64_t dy_row, const T* weight, const T* u, const T* colsum, const T* bias,
+                    int64_t kind, T* du, T* dstats, int64_t m, int64_t n, int64_t k) {
+  const auto through = kind == ERF ? gelu_dx<T, ERF> : kind == TANH ? gelu_dx<T, TANH> : gelu_dx<T, SIGMOID>;
   const int64_t chunks = (n + PANEL - 1) / PANEL;
   linear<T, false>(dy, dy_row, weight, n, m, n, k, [&](int64_t row, int64_t first, int64_t columns, const T* c) {
-    const T *from = u + row * n + first, *sums = colsum + first, *b = bias + first;
-    T* out = du + row * n + first;
-    T of_colsum = 0, of_u = 0;
-#pragma omp simd reduction(+ : of_colsum, of_u)
-    for (int64_t j = 0; j < columns; ++j) {
-      const Normal<T> at = normal(from[j]);
-      const T d = c[j] * (at.below + from[j] * at.density);
-      out[j] = d;
-      of_colsum += d * sums[j];
-      of_u += d * (from[j] - b[j]);
-    }
-    T* to = dstats + 2 * (row * chunks + first / PANEL);
-    to[0] = of_colsum;
-    to[1] = of_u;
+    through(c, u + row * n + first, colsum + first, bias + first, columns, du + row * n + first,
+            dstats + 2 * (row * chunks + first / PANEL));
   });
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from smi_kernels import native
 from smi_kernels.linear import reference
-from smi_kernels.linear.reference import STAT_CHUNK
+from smi_kernels.linear.reference import GELUS, STAT_CHUNK
 from smi_kernels.native import Rows
 
 
@@ -29,13 +29,20 @@ def norm_linear(
 
 
 def norm_linear_gelu(
-    x: Tensor, stats: Tensor, weight: Tensor, colsum: Tensor, bias: Tensor, eps: float, precision: str = "ieee"
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    precision: str = "ieee",
+    kind: str = "erf",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `smi_kernels.linear.reference.norm_linear_gelu`."""
     if not native.takes(x.dtype, stats.dtype, weight.dtype, colsum.dtype, bias.dtype):
-        return reference.norm_linear_gelu(x, stats, weight, colsum, bias, eps, precision)
+        return reference.norm_linear_gelu(x, stats, weight, colsum, bias, eps, precision, kind)
     activation = x.new_empty(x.shape[0], weight.shape[0])
-    u, moments = _norm_linear(x, stats, weight, colsum, bias, eps, activation)
+    u, moments = _norm_linear(x, stats, weight, colsum, bias, eps, activation, kind)
     return u, activation, moments
 
 
@@ -68,17 +75,17 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
 
 
 def linear_gelu_dx(
-    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee"
+    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee", kind: str = "erf"
 ) -> tuple[Tensor, Tensor]:
     """As `smi_kernels.linear.reference.linear_gelu_dx`."""
     if not native.takes(dy.dtype, weight.dtype, u.dtype, colsum.dtype, bias.dtype):
-        return reference.linear_gelu_dx(dy, weight, u, colsum, bias, precision)
+        return reference.linear_gelu_dx(dy, weight, u, colsum, bias, precision, kind)
     (M, D), OUT = dy.shape, weight.shape[1]
     native.expect(weight=(weight, (D, OUT)), u=(u, (M, OUT)), colsum=(colsum, (OUT,)), bias=(bias, (OUT,)))
     du, dstats, rows = dy.new_empty(M, OUT), dy.new_empty(M, _chunks(OUT), 2), Rows(dy)
     native.call(
         "linear_gelu_dx", dy.dtype, rows, rows.row, weight.contiguous(), u.contiguous(), colsum.contiguous(),
-        bias.contiguous(), du, dstats, M, OUT, D,
+        bias.contiguous(), GELUS.index(kind), du, dstats, M, OUT, D,
     )  # fmt: skip
     return du, dstats
 
@@ -122,7 +129,14 @@ def norm_linear_dx(
 
 
 def _norm_linear(
-    x: Tensor, stats: Tensor, weight: Tensor, colsum: Tensor, bias: Tensor, eps: float, activation: Tensor | None
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: Tensor | None,
+    kind: str = "erf",
 ) -> tuple[Tensor, Tensor]:
     (M, D), OUT = x.shape, weight.shape[0]
     native.expect(
@@ -132,7 +146,7 @@ def _norm_linear(
     chunks = Rows(stats if stats[:1].is_contiguous() else stats.contiguous())
     native.call(
         "norm_linear", x.dtype, rows, rows.row, chunks, chunks.row, weight.contiguous(), colsum.contiguous(),
-        bias.contiguous(), float(eps), u, activation, moments, M, OUT, D,
+        bias.contiguous(), float(eps), u, activation, GELUS.index(kind), moments, M, OUT, D,
     )  # fmt: skip
     return u, moments
 

@@ -25,6 +25,7 @@ from smi_kernels.tiles import (
     chunks,
     compute_type,
     dot,
+    gelu_factor,
     row_moments,
     store_row_statistics,
     wait_for_previous,
@@ -130,8 +131,9 @@ def norm_linear_kernel(
     at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
     inside = (rows < M)[:, None] & (columns < OUT)[None, :]
     tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
-    if GELU:
-        activation = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    if GELU != "":
+        below, _ = gelu_factor(u, GELU)
+        activation = u * below
         tl.store(activation_ptr + at, activation.to(activation_ptr.dtype.element_ty), mask=inside)
 
 
@@ -219,6 +221,7 @@ def linear_gelu_dx_kernel(
     OUT,
     D,
     dstats_stride_m,
+    GELU: tl.constexpr,
     VENDOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -238,8 +241,7 @@ def linear_gelu_dx_kernel(
     at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
     inside = (rows < M)[:, None] & (columns < OUT)[None, :]
     u = tl.load(u_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    below = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    below, density = gelu_factor(u, GELU)
     du = (product * (below + u * density)).to(du_ptr.dtype.element_ty)
     tl.store(du_ptr + at, du, mask=inside)
 
@@ -339,11 +341,18 @@ def norm_linear(
 
 
 def norm_linear_gelu(
-    x: Tensor, stats: Tensor, weight: Tensor, colsum: Tensor, bias: Tensor, eps: float, precision: str = "ieee"
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    precision: str = "ieee",
+    kind: str = "erf",
 ) -> tuple[Tensor, Tensor, Tensor]:
     u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     activation = torch.empty_like(u)
-    return u, activation, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, activation, precision)
+    return u, activation, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, activation, precision, kind)
 
 
 def _launch_norm_linear(
@@ -356,6 +365,7 @@ def _launch_norm_linear(
     u: Tensor,
     activation: Tensor | None,
     precision: str,
+    kind: str = "erf",
 ) -> Tensor:
     """Fills `u` and `activation`; returns the moments."""
     x, stats = _rows(x), stats if stats[0:1].is_contiguous() else stats.contiguous()
@@ -378,7 +388,7 @@ def _launch_norm_linear(
         "D": D,
         "x_stride_m": x.stride(0),
         "stats_stride_m": stats.stride(0),
-        "GELU": activation is not None,
+        "GELU": "" if activation is None else kind,
         "CHUNKS": triton.next_power_of_2(chunks(D)),
     }
     _launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, ("x_ptr", weight.T))
@@ -434,7 +444,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
 
 
 def linear_gelu_dx(
-    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee"
+    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee", kind: str = "erf"
 ) -> tuple[Tensor, Tensor]:
     M, D = dy.shape
     OUT = weight.shape[1]
@@ -453,6 +463,7 @@ def linear_gelu_dx(
         "OUT": OUT,
         "D": D,
         "dstats_stride_m": dstats.stride(0),
+        "GELU": kind,
     }
     _launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, ("dy_ptr", weight))
     return du, dstats

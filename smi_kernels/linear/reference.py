@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STAT_CHUNK = 64
+GELUS = ("erf", "tanh", "sigmoid")
 
 
 def row_statistics(x: Tensor) -> Tensor:
@@ -84,15 +85,43 @@ def norm_linear(
 
 
 def norm_linear_gelu(
-    x: Tensor, stats: Tensor, weight: Tensor, colsum: Tensor, bias: Tensor, eps: float, precision: str = "ieee"
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    colsum: Tensor,
+    bias: Tensor,
+    eps: float,
+    precision: str = "ieee",
+    kind: str = "erf",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_linear` and its exact GELU, u Phi(u) (Hendrycks & Gimpel, 2016).
+    """`norm_linear` and its GELU (Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016, section 2).
+
+    Args:
+        kind: ``erf`` is u Phi(u); its approximations are ``tanh``, 0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))),
+            and ``sigmoid``, u sigmoid(1.702 u), known as quick GELU.
 
     Returns:
         pre-activation and activation, both (M, OUT) in the dtype of `x`, and the moments of `norm_linear`.
     """
     u, moments = norm_linear(x, stats, weight, colsum, bias, eps, stats.dtype, precision)
-    return u.to(x.dtype), F.gelu(u).to(x.dtype), moments
+    return u.to(x.dtype), gelu(u, kind).to(x.dtype), moments
+
+
+def gelu(u: Tensor, kind: str) -> Tensor:
+    """The activation of `norm_linear_gelu`."""
+    if kind == "sigmoid":
+        return u * torch.sigmoid(1.702 * u)
+    return F.gelu(u, approximate="none" if kind == "erf" else kind)
+
+
+def gelu_slope(u: Tensor, kind: str) -> Tensor:
+    """Its derivative."""
+    if kind == "erf":
+        return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    # 0.5 (1 + tanh(x)) = sigmoid(2 x), so both are u sigmoid(a u (1 + b u^2)).
+    a, b = (2 * math.sqrt(2 / math.pi), 0.044715) if kind == "tanh" else (1.702, 0.0)
+    below = torch.sigmoid(a * u * (1 + b * u**2))
+    return below + u * below * (1 - below) * a * (1 + 3 * b * u**2)
 
 
 def linear_residual(
@@ -129,7 +158,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
 
 
 def linear_gelu_dx(
-    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee"
+    dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee", kind: str = "erf"
 ) -> tuple[Tensor, Tensor]:
     """Gradient with respect to the pre-activation `u` of ``gelu(u) W^T``, and its row sums for the norm before `u`.
 
@@ -138,14 +167,14 @@ def linear_gelu_dx(
         weight: (D, OUT).
         u: (M, OUT) in the dtype of `weight`.
         colsum, bias: (OUT,) float32, of the `norm_linear_gelu` that made `u`.
+        kind: of that too.
 
     Returns:
         du: (M, OUT), dtype of `u`.
         dstats: (M, ceil(OUT / 64), 2) float32, for each chunk of columns the sums of ``du colsum`` and ``du (u -
         bias)``.
     """
-    wide = u.to(colsum.dtype)
-    slope = 0.5 * (1 + torch.erf(wide / math.sqrt(2))) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    slope = gelu_slope(u.to(colsum.dtype), kind)
     du = (_product(dy, weight, colsum.dtype) * slope).to(u.dtype)
     return du, gradient_sums(du, u, colsum, bias)
 
