@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(HERE)
 INSTALLED_DEV := $(VENV)/installed-dev-$(HERE)
 DESCRIPTION := pyproject.toml setup.py Makefile $(wildcard csrc/*.py csrc/*/*)
 
-.PHONY: help venv demo test lint sanitize bench clean
+.PHONY: help venv demo test lint sanitize bench gallery clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ sanitize: $(INSTALLED_DEV)  ## run the tests of the compiled operators under Add
 
 bench: $(INSTALLED)  ## time sparse against dense inversion; ARGS='--model ...' chooses what, ARGS=--help lists
 	$(BIN)/python -m benchmarks.sparse_vs_dense $(ARGS)
+
+gallery: $(INSTALLED)  ## draw docs/gallery.png, what each method makes of the built-in network, and its page
+	$(BIN)/python -m benchmarks.gallery
 
 clean:  ## remove what make and the tools made: .venv, demo-pool, builds, caches
 	rm -rf $(VENV) demo-pool build dist smi_kernels/_native *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

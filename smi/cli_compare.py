@@ -19,6 +19,7 @@ from smi.config import PRESETS, Config, preset_or_file
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from smi.adapters.timm import SparseModel
     from smi.comparison_plan import CompareConfig
     from smi.state import ModelInfo
     from smi.transfer import TransferConfig
@@ -72,6 +73,9 @@ class CompareOptions(ModelOptions):
             "--judge", help="A second model of the same classes. Default: the embedded one's own.", show_default=False
         ),
     ] = None
+    judge_checkpoint: Annotated[
+        Path | None, typer.Option("--judge-checkpoint", help="Weights to load into it.", show_default=False)
+    ] = None
     data: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +102,19 @@ class CompareOptions(ModelOptions):
         typer.Option("--quick", help="A tenth of the iterations: does it run? Conclude nothing.", show_default=False),
     ] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
+
+    def __post_init__(self) -> None:
+        if self.judge_checkpoint is not None and self.judge is None:
+            raise SmiError("--judge-checkpoint goes with --judge; name its architecture.")
+
+    def load_judge(self, model: SparseModel) -> Any:
+        """The network that --judge names, where `model` is; None without one."""
+        if self.judge is None:
+            return None
+        from smi.models import load_model
+
+        classes = None if self.judge_checkpoint is None else model.info.num_classes
+        return load_model(self.judge, checkpoint=self.judge_checkpoint, num_classes=classes).to(model.device)
 
     def make_config(self) -> Config:
         """Not resolved: what follows the semantics differs between strategies."""
@@ -167,11 +184,6 @@ def compare(options: CompareOptions) -> None:
 
     config = options.make_config()
     model = options.load(config)
-    judge = None
-    if options.judge is not None:
-        from smi.models import load_model
-
-        judge = load_model(options.judge).to(model.device)
     bar, told = _progress(options.json)
     with bar:
         record = run(
@@ -179,7 +191,7 @@ def compare(options: CompareOptions) -> None:
             options.out,
             config,
             options.make_comparison(model.info),
-            judge=judge,
+            judge=options.load_judge(model),
             data=options.data,
             student=options.make_student(model.info),
             lesson=options.make_lesson(),

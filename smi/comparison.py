@@ -40,7 +40,7 @@ from smi.pool_tools import FirstImages
 from smi.predict import predict
 from smi.rebirth import updates
 from smi.report import own_judge
-from smi.report_data import collect
+from smi.report_data import classify, collect
 from smi.run import run
 from smi.state import WorkPlan
 from smi.transfer import TransferConfig, teach
@@ -203,6 +203,13 @@ class Comparison:
 
     def _check_uses(self) -> None:
         """Refuse before hours of inversion what would fail after them."""
+        info = self.model.info
+        if self.judge is not None:
+            classify(self.judge, torch.zeros(1, *info.input_size), info)
+        if self.student is not None:
+            classes = getattr(self._new_student(0), "num_classes", info.num_classes)
+            if classes != info.num_classes:
+                raise SmiError(f"the student has {classes} classes, the model {info.num_classes}; make one of as many.")
         if self.data is None:
             return
         self._tests(data_config(self.model.original))

@@ -210,7 +210,7 @@ class Tally:
         agrees: dict[str, Tensor] = {}
         for fill in FILLS:
             filled = fill_dropped(result.images, result.keep, result.indices, self.info, self.config.seed, fill)
-            agrees[fill] = _classify(self.judge, renormalise(filled, self.info, mean, std), self.info) == result.targets
+            agrees[fill] = classify(self.judge, renormalise(filled, self.info, mean, std), self.info) == result.targets
         return agrees
 
     def _add_cost(self, result: Result) -> None:
@@ -320,15 +320,19 @@ def _normalisation(judge: nn.Module, info: ModelInfo) -> tuple[tuple[float, ...]
     return tuple(data.get("mean") or info.mean), tuple(data.get("std") or info.std)
 
 
-def _classify(judge: nn.Module, images: Tensor, info: ModelInfo) -> Tensor:
-    """(B,) int64 argmax of the judge on (B, C, H, W), computed where the judge lives, in evaluation mode."""
+def classify(judge: nn.Module, images: Tensor, info: ModelInfo) -> Tensor:
+    """(B,) int64 argmax of the judge on (B, C, H, W), computed where the judge lives, in evaluation mode.
+
+    Raises:
+        SmiError: the judge does not take such images, or does not speak of the model's classes.
+    """
     device = next((p.device for p in judge.parameters()), torch.device("cpu"))
     training = judge.training
     judge.eval()
     try:
         with torch.inference_mode():
             logits = [judge(part.to(device)).cpu() for part in images.split(_JUDGE_BATCH)]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         shape = tuple(images.shape[1:])
         reason = str(error).splitlines()[0]
         raise SmiError(f"the judge fails on images of shape {shape}: {reason}. Give one that takes them.") from error

@@ -378,6 +378,11 @@ def test_a_refused_call_does_not_claim_the_folder(model: smi.SparseModel, tmp_pa
     few = CompareConfig(strategies=("dense",), images=8, points=(0.1, 1.0))
     assert "a share of 0.1 is less than one trajectory of dense" in refused(few)
     assert "judging them needs 9" in refused(CompareConfig(strategies=("dense",), images=8), data=data)
+    with pytest.raises(SmiError, match="the judge returns"):
+        smi.compare(model, tmp_path / "out", CONFIG, HOW, judge=tiny(3, num_classes=3))
+    with pytest.raises(SmiError, match="the judge fails on images of shape"):
+        smi.compare(model, tmp_path / "out", CONFIG, HOW, judge=tiny(3, img_size=32))
+    assert "the student has 3 classes, the model 5" in refused(HOW, data=data, student=lambda: tiny(num_classes=3))
     assert "there are no images at 'nowhere'" in refused(HOW, data="nowhere")
     assert not (tmp_path / "out").exists()
     dense = CompareConfig(strategies=("dense",), images=4, points=(1.0,))
@@ -412,5 +417,7 @@ def test_the_command_prints_the_page(tmp_path: Path) -> None:
     assert "conclude nothing" in done.stdout and "4/4 seed 1: sparse, 4 images, images" in done.stderr
     pool = Pool(tmp_path / "pools" / "sparse-1")
     assert pool.plan.targets == (1, 2, 1, 2) and pool.config.iterations == 8
+    alone = CliRunner().invoke(app, ["compare", "--judge-checkpoint", "x.pth", "--out", str(tmp_path)])
+    assert alone.exit_code == 2 and "--judge-checkpoint goes with --judge" in alone.stderr
     wrong = CliRunner().invoke(app, ["compare", "--strategies", "dens", "--out", str(tmp_path)])
     assert wrong.exit_code == 2 and "unknown strategy 'dens'" in wrong.stderr
