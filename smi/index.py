@@ -29,10 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smi.errors import SmiError, reason
+from smi.shard import DAMAGE
 from smi.tar import BLOCK, MAX_RECORD
 
 NAME = "index.parquet"
 _GROUP = 65536  # rows of a row group
+_ROW = 4096  # bytes that a row may take
 _TYPES = {
     "key": "string",
     "index": "int64",
@@ -103,20 +105,28 @@ class Index:
 
     def __init__(self, path: Path, images: int) -> None:
         self.path = path
+        pyarrow, _ = _pyarrow()
         try:
             regular_size(path)
             columns = self._read(images)
             self.numbers, self.shards, self.offsets, self.lengths = columns
             self._check(images)
-        except (OSError, ValueError, OverflowError) as error:
-            if isinstance(error, SmiError):
-                raise
+        except (*DAMAGE, MemoryError, pyarrow.lib.ArrowException) as error:
             raise SmiError(
                 f"the index {str(path)!r} is damaged ({reason(error)}); restore it from a copy, or pack the pool again."
             ) from None
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(images,) values of a column of numbers. Raises `SmiError` if it is damaged."""
+        pyarrow, _ = _pyarrow()
+        try:
+            with self._open() as file:
+                return np.asarray(file.read(columns=[name], use_threads=False)[name].to_numpy())
+        except (*DAMAGE, pyarrow.lib.ArrowException) as error:
+            raise SmiError(f"the index {str(self.path)!r} is damaged ({reason(error)}); pack the pool again.") from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row with all its columns, in order; a page whose checksum is wrong raises `OSError`."""
@@ -137,8 +147,11 @@ class Index:
             rows = file.metadata.num_rows
             if not 0 < rows <= images:
                 raise ValueError(f"it has {rows} rows for {images} planned images")
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > _ROW * rows + _GROUP:
+                raise ValueError("it unpacks to more than an index can have")
             table = file.read(columns=list(_PLACE), use_threads=False)
-            if any(table[name].null_count for name in _PLACE):
+            if len(table) != rows or any(table[name].null_count for name in _PLACE):
                 raise ValueError("it has empty cells")
             return [table[name].to_numpy() for name in _PLACE]
 

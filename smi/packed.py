@@ -121,7 +121,7 @@ def open_pool(path: str | Path) -> Pool:
     Raises:
         SmiError: no such folder, not a pool, damaged, or written by a newer version.
     """
-    return PackedPool(path) if (Path(path) / MANIFEST).exists() else Pool(path)
+    return PackedPool(path) if os.path.exists(Path(path) / MANIFEST) else Pool(path)
 
 
 def pack(

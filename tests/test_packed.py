@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -320,6 +321,9 @@ def test_an_index_that_points_to_another_image_is_found(copy: Path) -> None:
     rewrite(copy, swap)
     rewrite(copy, lambda rows: rows[5].update({"class": 3}))
     assert verify(copy).problems == ["shard-000001.tar: image 5 has class 1, and the index says 3."]
+    rewrite(copy, lambda rows: rows[5].update({"class": 4}))
+    with pytest.raises(smi.SmiError, match="names classes that the model lacks"):
+        stats(copy)
 
 
 def test_other_parquet_files_and_none(copy: Path) -> None:
@@ -329,6 +333,11 @@ def test_other_parquet_files_and_none(copy: Path) -> None:
     good = file.read_bytes()
     parquet.write_table(pyarrow.table({"key": ["a"], "index": [0]}), file)
     with pytest.raises(smi.SmiError, match="its columns are key, index, or of other types"):
+        open_pool(copy)
+    table = parquet.ParquetFile(io.BytesIO(good)).read()
+    bomb = pyarrow.array(["x" * 2**20] * 7)
+    parquet.write_table(table.set_column(6, table.schema.field("label"), bomb), file, compression="zstd")
+    with pytest.raises(smi.SmiError, match="unpacks to more than an index can have"):
         open_pool(copy)
     for data in (b"", b"PAR1", b"x" * 100, good[:-20], good[:50] + good[-50:]):
         file.write_bytes(data)
@@ -419,6 +428,46 @@ def test_without_pyarrow_the_mend_is_named(source: Path, made: Path, tmp_path: P
         with pytest.raises(smi.SmiError, match=r"\[pool\]"):
             pack(source, tmp_path / "out")
         assert len(open_pool(source)) == 7
+
+
+def test_damage_of_any_kind_is_said(copy: Path) -> None:
+    """Bytes drawn at random, in what is decoded and in the index: an error of ours, or no difference."""
+    draw = np.random.default_rng(1)
+    with open(copy / "shard-000000.tar", "rb") as shard:
+        record = next(records(shard))
+    for kind in ("safetensors", "png"):
+        for _ in range(150):
+            data = bytearray(record.members[kind])
+            for place in draw.integers(min(len(data), 400), size=3):
+                data[place] = draw.integers(256)
+            with contextlib.suppress(packed.DAMAGE):
+                changed = dataclasses.replace(record, members=record.members | {kind: bytes(data)})
+                packed.decode_record(changed, INFO, PLAN, "float32" if kind == "safetensors" else "png")
+    file = copy / "index.parquet"
+    good = file.read_bytes()
+    for _ in range(150):
+        bad = bytearray(good)
+        for place in draw.integers(len(good), size=2):
+            bad[place] = draw.integers(256)
+        file.write_bytes(bad)
+        with contextlib.suppress(smi.SmiError):
+            assert_same(open_pool(copy).load(0), make_result(0))
+
+
+@pytest.mark.parametrize("words", ['{"tries": Infinity}', '{"snapshot_at": 3}', "[" * 5000, "[1]", '{"phases": [7]}'])
+def test_hostile_metadata_with_the_right_hash(words: str) -> None:
+    """What only malice writes: the hash is computed anew over nonsense."""
+    from safetensors.torch import load, save
+
+    from smi.shard import decode_bytes, hash_of
+
+    data = encode(make_result(0))
+    tensors = load(data)
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        extra = {"snapshot_at": [2, 6], "phases": [], "tries": 1} | json.loads(words)
+        words = json.dumps(extra | {"sha256": hash_of(tensors, extra)})
+    with pytest.raises(packed.DAMAGE):
+        decode_bytes(save(tensors, {"smi": words}))
 
 
 # --- a million ---
