@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from smi.errors import SmiError, reason
+from smi.errors import SmiError
 from smi.index import NAME, shard_name
 from smi.packed import PackedPool, decode_png, members_of, open_pool, scan
 from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels, writing
@@ -107,8 +107,8 @@ def _verify_packed(pool: PackedPool, on_shard: Callable[[int, int], None] | None
                     images += 1
             if on_shard is not None:
                 on_shard(shard + 1, shards)
-    except OSError as error:
-        problems.append(f"the index {str(pool.index.path)!r} is damaged ({reason(error)}); pack the pool again.")
+    except SmiError as error:  # the index
+        problems.append(str(error))
     return Verification(len(pool.batches) - len(bad), images, pool.plan.num_batches - len(pool.batches), 0, problems)
 
 
