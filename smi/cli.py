@@ -403,7 +403,9 @@ def _whole_patches(name: str) -> bool:
     return match is None or int(match[2]) % int(match[1]) == 0
 
 
-_Pool = Annotated[Path, typer.Argument(metavar="POOL", help="Folder that smi invert has filled.", show_default=False)]
+_Pool = Annotated[
+    Path, typer.Argument(metavar="POOL", help="Folder that smi invert or smi pool pack has filled.", show_default=False)
+]
 
 
 @app.command()

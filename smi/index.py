@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -29,10 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smi.errors import SmiError, reason
+from smi.shard import DAMAGE
 from smi.tar import BLOCK, MAX_RECORD
 
 NAME = "index.parquet"
 _GROUP = 65536  # rows of a row group
+_ROW = 4096  # bytes that a row may take
 _TYPES = {
     "key": "string",
     "index": "int64",
@@ -103,44 +106,55 @@ class Index:
 
     def __init__(self, path: Path, images: int) -> None:
         self.path = path
-        try:
-            regular_size(path)
-            columns = self._read(images)
-            self.numbers, self.shards, self.offsets, self.lengths = columns
+        with self._reading() as file:
+            self.numbers, self.shards, self.offsets, self.lengths = self._read(file, images)
             self._check(images)
-        except (OSError, ValueError, OverflowError) as error:
-            if isinstance(error, SmiError):
-                raise
-            raise SmiError(
-                f"the index {str(path)!r} is damaged ({reason(error)}); restore it from a copy, or pack the pool again."
-            ) from None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def column(self, name: str) -> NDArray[Any]:
+        """(images,) values of a column of numbers. Raises `SmiError` if it is damaged."""
+        with self._reading() as file:
+            return np.asarray(file.read(columns=[name], use_threads=False)[name].to_numpy())
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row with all its columns, in order; a page whose checksum is wrong raises `OSError`."""
-        with self._open() as file:
+        """Every row with all its columns, in order. Raises `SmiError` where a page is damaged."""
+        with self._reading() as file:
             for batch in file.iter_batches(1024, use_threads=False):
                 yield from batch.to_pylist()
 
-    def _open(self) -> Any:
-        _, parquet = _pyarrow()
-        return parquet.ParquetFile(self.path, page_checksum_verification=True)
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """The file, and one sentence for whatever is wrong with it."""
+        pyarrow, parquet = _pyarrow()
+        try:
+            regular_size(self.path)
+            with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
+                yield file
+        except SmiError:
+            raise
+        except (*DAMAGE, MemoryError, pyarrow.lib.ArrowException) as error:
+            raise SmiError(
+                f"the index {str(self.path)!r} is damaged ({reason(error)}); restore it from a copy, or pack the pool "
+                f"again."
+            ) from None
 
-    def _read(self, images: int) -> list[NDArray[Any]]:
+    @staticmethod
+    def _read(file: Any, images: int) -> list[NDArray[Any]]:
         pyarrow, _ = _pyarrow()
-        with self._open() as file:
-            wanted, found = _schema(pyarrow), file.schema_arrow
-            if not found.equals(wanted):
-                raise ValueError(f"its columns are {', '.join(found.names)[:200]}, or of other types than expected")
-            rows = file.metadata.num_rows
-            if not 0 < rows <= images:
-                raise ValueError(f"it has {rows} rows for {images} planned images")
-            table = file.read(columns=list(_PLACE), use_threads=False)
-            if any(table[name].null_count for name in _PLACE):
-                raise ValueError("it has empty cells")
-            return [table[name].to_numpy() for name in _PLACE]
+        wanted, found, rows = _schema(pyarrow), file.schema_arrow, file.metadata.num_rows
+        if not found.equals(wanted):
+            raise ValueError(f"its columns are {', '.join(found.names)[:200]}, or of other types than expected")
+        if not 0 < rows <= images:
+            raise ValueError(f"it has {rows} rows for {images} planned images")
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _ROW * rows + _GROUP:
+            raise ValueError("it unpacks to more than an index can have")
+        table = file.read(columns=list(_PLACE), use_threads=False)
+        if len(table) != rows or any(table[name].null_count for name in _PLACE):
+            raise ValueError("it has empty cells")
+        return [table[name].to_numpy() for name in _PLACE]
 
     def _check(self, images: int) -> None:
         numbers, shards, offsets, lengths = self.numbers, self.shards, self.offsets, self.lengths

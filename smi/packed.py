@@ -121,7 +121,7 @@ def open_pool(path: str | Path) -> Pool:
     Raises:
         SmiError: no such folder, not a pool, damaged, or written by a newer version.
     """
-    return PackedPool(path) if (Path(path) / MANIFEST).exists() else Pool(path)
+    return PackedPool(path) if os.path.exists(Path(path) / MANIFEST) else Pool(path)
 
 
 def pack(
@@ -157,12 +157,13 @@ def pack(
     with Workers(out), writing(out):
         _prepare(out, manifest)
         with atomic_file(out / NAME) as temp, IndexWriter(temp) as index:
+            numbers = _numbers(pool)
             for shard, start in enumerate(range(0, len(pool), shard_images)):
-                stop = min(start + shard_images, len(pool))
-                for row in _shard_rows(pool, start, stop, out / shard_name(shard), pixels):
+                part = numbers[start : start + shard_images].tolist()
+                for row in _shard_rows(pool, start, part, out / shard_name(shard), pixels):
                     index.add({"shard": shard, **row})
                 if on_images is not None:
-                    on_images(stop, len(pool))
+                    on_images(start + len(part), len(pool))
         _remove_shards(out, -(-len(pool) // shard_images))
         sync_folder(out)
     return PackedPool(out)
@@ -205,19 +206,24 @@ def _remove_shards(out: Path, count: int) -> None:
             os.unlink(out / name)
 
 
-def _shard_rows(pool: Pool, start: int, stop: int, file: Path, pixels: Pixels) -> list[dict[str, Any]]:
-    """Index rows of one tar file, which is written unless it is there with the right images."""
+def _shard_rows(pool: Pool, start: int, numbers: list[int], file: Path, pixels: Pixels) -> list[dict[str, Any]]:
+    """Index rows of the tar file of images `numbers`, from the `start`-th on, which is written unless it is there."""
     if file.exists():
         # Damage is not what an interrupted packing leaves, but written anew it is gone.
         with contextlib.suppress(SmiError):
             found = [row for row, *_ in scan(file, pool, pixels)]
-            if [row["index"] for row in found] == _numbers(pool)[start:stop].tolist():
+            if [row["index"] for row in found] == numbers:
                 return found
     rows, offset = [], 0
     with atomic_file(file) as temp, open(temp, "xb") as shard:
-        for result, row in pool.rows(start, stop, verified=True):
+        for result, row in pool.rows(start, start + len(numbers), verified=True):
             one = _one(result, row, pool.plan)
-            data = encode_record(_key(one), members_of(one, pool, pixels))
+            try:
+                data = encode_record(_key(one), members_of(one, pool, pixels))
+            except ValueError as error:
+                raise SmiError(
+                    f"the pool {str(pool.path)!r} cannot be packed: {error}; make fewer snapshots."
+                ) from None
             place = {"key": _key(one), "offset": offset, "length": len(data)}
             rows.append(place | facts(one, pool) | {"sha256": hashlib.sha256(data).digest()})
             offset += shard.write(data)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from smi.errors import SmiError, reason
+from smi.errors import SmiError
 from smi.index import NAME, shard_name
 from smi.packed import PackedPool, decode_png, members_of, open_pool, scan
 from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels, writing
@@ -107,8 +107,8 @@ def _verify_packed(pool: PackedPool, on_shard: Callable[[int, int], None] | None
                     images += 1
             if on_shard is not None:
                 on_shard(shard + 1, shards)
-    except OSError as error:
-        problems.append(f"the index {str(pool.index.path)!r} is damaged ({reason(error)}); pack the pool again.")
+    except SmiError as error:  # the index
+        problems.append(str(error))
     return Verification(len(pool.batches) - len(bad), images, pool.plan.num_batches - len(pool.batches), 0, problems)
 
 
@@ -242,35 +242,48 @@ def stats(path: str | Path) -> dict[str, Any]:
     classes: Counter[str] = Counter()
     agreeing, seconds, flops = 0, 0.0, 0
     retried = []
-    for batch, result in zip(pool.batches, pool, strict=True):
+    results, kinds = iter(pool), {"shards": "shards/*", "png": "png/*"}
+    if isinstance(pool, PackedPool):  # the index has counted, and of each batch the first image says the rest
+        classes, agreeing = _counted(pool)
+        starts = np.searchsorted(pool.index.numbers, np.array(pool.batches) * pool.plan.batch_size)
+        results, kinds = map(pool.load_row, starts.tolist()), {"shards": "shard-*.tar", "index": NAME}
+    for batch, result in zip(pool.batches, results, strict=True):
         if result.tries > 1:
             retried.append(batch)
-        classes.update(pool.info.label(target) for target in result.targets.tolist())
-        agreeing += int((result.logits.argmax(1) == result.targets).sum())
+        if not isinstance(pool, PackedPool):
+            classes.update(pool.info.label(target) for target in result.targets.tolist())
+            agreeing += int((result.logits.argmax(1) == result.targets).sum())
         seconds += sum(phase.seconds for phase in result.phases)
         flops += sum(phase.flops for phase in result.phases)
-    kinds = (
-        {"shards": "shard-*.tar", "index": NAME}
-        if isinstance(pool, PackedPool)
-        else {"shards": "shards/*", "png": "png/*"}
-    )
     sizes = {kind: sum(file.stat().st_size for file in pool.path.glob(names)) for kind, names in kinds.items()}
-    images = sum(classes.values())
+    total = sum(classes.values())
     return {
         "path": str(pool.path),
         "model": pool.info.name,
         "config": dataclasses.asdict(pool.config),
-        "images": images,
+        "images": total,
         "planned": len(pool.plan.targets),
         "batches": len(pool.batches),
         "retried": retried,
         "classes": dict(classes),
-        "teacher_agreement": agreeing / images if images else None,
+        "teacher_agreement": agreeing / total if total else None,
         "seconds": seconds,
-        "images_per_second": images / seconds if seconds else None,
+        "images_per_second": total / seconds if seconds else None,
         "flops": flops,
         "bytes": sizes,
     }
+
+
+def _counted(pool: PackedPool) -> tuple[Counter[str], int]:
+    """Images of each label, and those that the teacher agrees to, as the index has them."""
+    targets = pool.index.column("class")
+    if targets.min() < 0 or targets.max() >= pool.info.num_classes:
+        raise SmiError(f"the index {str(pool.index.path)!r} names classes that the model lacks; pack the pool again.")
+    classes: Counter[str] = Counter()
+    for target, images in enumerate(np.bincount(targets).tolist()):
+        if images:
+            classes[pool.info.label(target)] += images  # two classes may share a label
+    return classes, int(pool.index.column("agreement").sum())
 
 
 class FirstImages(Pool):

@@ -26,7 +26,7 @@ DTYPES = {
     "snapshots": torch.uint8,
 }
 # What reading damaged bytes can raise.
-DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 Plain = TypeVar("Plain", ModelInfo, WorkPlan, Phase)
 
 

@@ -135,9 +135,9 @@ def synthetic(folder: Path, images: int) -> Path:
 
 
 def test_memory_is_that_of_the_buffer(tmp_path: Path) -> None:
-    """As many bytes and as many living images with 800 as with 80, though ten times as many pass through."""
+    """As many bytes and as many living images with 400 as with 40, though ten times as many pass through."""
     peaks, most = [], []
-    for images in (80, 800):
+    for images in (40, 400):
         path = synthetic(tmp_path / str(images), images)
         read = (path / "shard-000000.tar").stat().st_size
         stream = smi.stream(path, shuffle=16)
