@@ -132,6 +132,7 @@ def table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         against = [
             f"{name} {entry['median'] / row['warm']['median']:.2f}x{'' if clear(row['warm'], entry) else '?'}"
+            f"{' with launches' if 'launches' in entry else ''}"
             for name, entry in row["rivals"].items()
         ]
         said = (

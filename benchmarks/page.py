@@ -68,6 +68,7 @@ def operations(record: Record, where: str) -> str:
         rivals = {name: times for name, times in row["rivals"].items() if name != VENDOR}
         best = min(rivals, key=lambda name: rivals[name]["median"], default="")
         ratios = [_ratio(row["warm"], rivals.get(best), row["passes"]), _ratio(row["warm"], row["rivals"].get(VENDOR), row["passes"])]  # fmt: skip  # noqa: E501
+        launched = " with launches" if "launches" in rivals.get(best, {}) else ""
         seconds = row["warm"]["median"]
         rows.append(
             [
@@ -78,7 +79,7 @@ def operations(record: Record, where: str) -> str:
                 f"{1e6 * row['cold']['median']:.1f}",
                 f"{row['bytes'] / seconds / 1e9:.1f}",
                 f"{row['flops'] / seconds / 1e9:.1f}",
-                f"{best} {ratios[0]}" if best else "",
+                f"{best} {ratios[0]}{launched}" if best else "",
                 ratios[1],
             ]
         )

@@ -139,6 +139,8 @@ def quantiles(
 ) -> dict[str, float]:
     """Seconds of one call: ``median``, ``low`` (20 %) and ``high`` (80 %) over the rounds.
 
+    What was to be captured and cannot be has ``launches`` 1 besides: its time includes the host's launches.
+
     Args:
         rounds: at least 5.
         repeats: calls in a warm round; on a GPU they are one CUDA graph where they can be captured.
@@ -146,6 +148,7 @@ def quantiles(
         captured: whether a CUDA graph may be made of the calls.
     """
     body()
+    launched = {}
     if cold:
         seconds = _cold(body, device, rounds)
     elif not captured:
@@ -153,13 +156,15 @@ def quantiles(
     else:
         try:
             seconds = smi_kernels.timed(body, device, repeats, rounds)
-        except RuntimeError:  # not capturable
+        except RuntimeError:  # not capturable, as the backward of a forward on another stream
+            launched = {"launches": 1.0}
             seconds = [_waited(body, device, repeats) for _ in range(rounds)]
     ordered = sorted(seconds)
     return {
         "median": statistics.median(ordered),
         "low": ordered[len(ordered) // 5],
         "high": ordered[len(ordered) - 1 - len(ordered) // 5],
+        **launched,
     }
 
 

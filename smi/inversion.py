@@ -6,6 +6,7 @@ the pixels, step Adam, clamp. The loop itself never waits for the device: losses
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import time
@@ -94,6 +95,8 @@ class Inversion:
             B = len(self.indices)
         self.objectives = Objectives(self.config, objectives)
         model.watch(self.objectives.features)
+        # Others that share the model may watch it, and shall change nothing here.
+        self._feed = functools.partial(model.feed, watched=bool(self.objectives.features))
         self.strategy = STRATEGIES[self.config.strategy](self.config, self.indices, info.num_patches)
         self.schedule = self.strategy.schedule
 
@@ -239,7 +242,7 @@ class Inversion:
         parts = [Part(self.iteration, images, keep)]
         if self.strategy.detaches:
             parts = [*self._parts, Part(self.iteration, images, self._last_part())]
-        fed = [self.model.feed(part.images, part.keep if self.schedule else None)[0] for part in parts]
+        fed = [self._feed(part.images, part.keep if self.schedule else None)[0] for part in parts]
         losses = [
             {
                 name: term(Context(part.taken_at, part.images, logits, self.targets, part.keep, None))
@@ -321,7 +324,7 @@ class Inversion:
 
     def _forward(self, offsets: Tensor | None, scores: bool = False) -> tuple[Context, Tensor | None]:
         """Feed the surviving patches of the images under one augmentation."""
-        logits, found = self.model.feed(self.images, self._fed(self.keep), offsets, scores)
+        logits, found = self._feed(self.images, self._fed(self.keep), offsets, scores)
         context = self._context(self.images, self.keep, logits, offsets)
         return context, None if found is None else found.detach()
 
@@ -355,11 +358,11 @@ class Inversion:
         if self.config.ranking == "gradient_input":
             with torch.enable_grad():
                 images = images.detach().clone().requires_grad_()
-                logits, _ = self.model.feed(images, self._fed(keep))
+                logits, _ = self._feed(images, self._fed(keep))
                 loss, _ = self.objectives(self._context(images, keep, logits, None))
                 return gradient_input(loss, images, keep, self.model.info.patch_size)
         with torch.no_grad():
-            _, scores = self.model.feed(images, self._fed(keep), scores=True)
+            _, scores = self._feed(images, self._fed(keep), scores=True)
         assert scores is not None
         return scores
 

@@ -382,3 +382,11 @@ def test_precisions_that_need_kernels_say_why_there_are_none(precision: Any) -> 
     term = smi.Objective(entropy, features=("blocks.0",))
     with pytest.raises(SmiError, match=rf"modules, which do not run in {precision}; use fp32 or bf16"):
         Inversion(model.to(DEVICE), [0], Config(**SHORT, precision=precision), objectives=[term], backend="triton")
+
+
+def test_an_inversion_that_watched_the_model_changes_no_bit_of_a_later_one() -> None:
+    model, config = SparseModel(tiny(embed_dim=48, depth=4)), Config(**PRUNED)
+    before = smi.invert(model, [0, 1], config)
+    smi.invert(model, [0, 1], config, objectives=[smi.losses.embedding(torch.ones(48))])
+    after = smi.invert(model, [0, 1], config)
+    assert torch.equal(before.images, after.images) and torch.equal(before.logits, after.logits)

@@ -285,14 +285,21 @@ class SparseModel:
         return f"{self.device}{kind}"
 
     def feed(
-        self, images: Tensor, keep: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        offsets: Tensor | None = None,
+        scores: bool = False,
+        watched: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """As a call, for patches of the un-augmented image, on `backend`.
 
         Args:
             keep: (B, K) int64 patches that are fed, wherever the augmentation moves them; None feeds all.
+            watched: whether `features` are wanted, if any are watched: only the model's own modules have them.
         """
-        if self.vit is not None and not self._hooks and (not scores or self._ranking == self.vit.ranking):
+        watched = watched and bool(self._hooks)
+        if self.vit is not None and not watched and (not scores or self._ranking == self.vit.ranking):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)
             return found if scores else (found, None)
