@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from smi_kernels import rotary
-from smi_kernels.folding import Folded, Pool
+from smi_kernels.folding import SWIGLU, Folded, Pool
+from smi_kernels.linear.reference import gradient_sums
 from smi_kernels.tuning import dot_precision
 
 
@@ -99,7 +101,12 @@ def _rest(
     ops = torch.ops.smi
     x_mid, x_mid_low, stats_mid = ops.linear_residual(out, w.proj.weight, w.proj.bias, x, dot)
     x_mid_low = low_of(x_mid, x_mid_low)
-    u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot, w.gelu)
+    if w.activation == SWIGLU:
+        u, moments_mid = ops.norm_linear(x_mid_low, stats_mid, *w.fc1, w.eps[1], x_mid_low.dtype, dot)
+        gate, value = u.to(x.dtype).chunk(2, dim=1)
+        activation = (F.silu(gate) * value).to(u.dtype)
+    else:
+        u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot, w.activation)
     x, low, stats = ops.linear_residual(activation, w.fc2.weight, w.fc2.bias, x_mid, dot)
     return x, low_of(x, low), stats, Saved(x_low, moments, qkv, x_mid_low, moments_mid, u, query)
 
@@ -188,9 +195,21 @@ def pool_backward(pool: Pool, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: 
 def _rest_dx(w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, dot: str) -> tuple[Tensor, Tensor]:
     """Gradients of the stream between attention and MLP, and of the attention's output."""
     ops = torch.ops.smi
-    du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot, w.gelu)
+    if w.activation == SWIGLU:
+        du, dstats = _swiglu_dx(w, saved.u, ops.linear_dx(dx_low, w.fc2.weight, dx.dtype, dot))
+    else:
+        du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot, w.activation)
     dx, dx_low = ops.norm_linear_dx(du, w.fc1.weight, dstats, saved.x_mid_low, saved.moments_mid, dx, None, 1, 1, dot)
     return dx, ops.linear_dx(low_of(dx, dx_low), w.proj.weight, w.proj.weight.dtype, dot)
+
+
+def _swiglu_dx(w: Folded, u: Tensor, d_activation: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``linear_gelu_dx``, for u = (gate, value) and ``silu(gate) value`` (Shazeer, arXiv:2002.05202)."""
+    gate, value = u.to(d_activation.dtype).chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    du = torch.cat((d_activation * value * slope, d_activation * gate * sigmoid), dim=1).to(u.dtype)
+    return du, gradient_sums(du, u, w.fc1.colsum, w.fc1.bias)
 
 
 def low_of(x: Tensor, x_low: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+SWIGLU = "swiglu"
+
 
 class Linear(NamedTuple):
     """``weight`` (OUT, IN) in the low dtype; ``colsum`` = weight.sum(1) and ``bias``, (OUT,) in the wide one."""
@@ -34,7 +36,7 @@ class Folded:
         proj, fc1, fc2: attention's output, with the first LayerScale; hidden layer, with the second norm; output, with
             the second LayerScale.
         qk_norm: (4, d) weight and bias of the query norm (with the softmax scale) and of the key norm, or None.
-        gelu: which one is the activation (`smi_kernels.linear.reference.GELUS`).
+        activation: a GELU (`smi_kernels.linear.reference.GELUS`), or `SWIGLU`, whose gates and values fc1 makes.
         eps, qk_eps: of the two norms, and of query and key norm.
     """
 
@@ -42,7 +44,7 @@ class Folded:
     proj: Linear
     fc1: Linear
     fc2: Linear
-    gelu: str
+    activation: str
     qk_norm: Tensor | None
     eps: tuple[float, float]
     qk_eps: float
@@ -207,7 +209,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             proj=linear(attn.proj, after=gammas[0]),
             fc1=linear(timm.mlp.fc1, timm.norm2),
             fc2=linear(timm.mlp.fc2, after=gammas[1]),
-            gelu=str(_gelu(timm.mlp.act)),
+            activation=str(_activation(timm.mlp)),
             qk_norm=qk_norm,
             eps=(timm.norm1.eps, timm.norm2.eps),
             qk_eps=getattr(attn.q_norm, "eps", 0.0),
@@ -228,7 +230,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             proj=linear(timm.proj),
             fc1=linear(timm.mlp.fc1, timm.norm),
             fc2=linear(timm.mlp.fc2),
-            gelu=str(_gelu(timm.mlp.act)),
+            activation=str(_activation(timm.mlp)),
             qk_norm=None,
             eps=(model.norm.eps, timm.norm.eps),
             qk_eps=0.0,
@@ -440,11 +442,12 @@ def _block(block: Any) -> list[str]:
 
 
 def _mlp(mlp: Any) -> list[str]:
-    if type(mlp).__name__ != "Mlp":
-        return [f"its MLP is {type(mlp).__name__}, not timm's Mlp"]
+    if type(mlp).__name__ not in ("Mlp", "GluMlp"):
+        return [f"its MLP is {type(mlp).__name__}, not timm's Mlp or GluMlp"]
     reasons = []
-    if _gelu(mlp.act) is None:
-        reasons.append(f"its activation is {mlp.act}, not GELU, its tanh or its quick approximation")
+    if _activation(mlp) is None:
+        expected = "SiLU of the first half" if type(mlp).__name__ == "GluMlp" else "GELU, its tanh or its quick form"
+        reasons.append(f"its activation is {mlp.act}, not {expected}")
     if not isinstance(mlp.norm, nn.Identity):
         reasons.append("its MLP has a norm inside")
     if not isinstance(mlp.fc1, nn.Linear):
@@ -452,9 +455,11 @@ def _mlp(mlp: Any) -> list[str]:
     return reasons
 
 
-def _gelu(activation: nn.Module) -> str | None:
-    """Which GELU this module is, as `smi_kernels.linear.reference.GELUS` has it; None if it is none."""
-    name = type(activation).__name__
+def _activation(mlp: Any) -> str | None:
+    """`Folded.activation` of an MLP; None if the kernels have none such."""
+    name = type(mlp.act).__name__
+    if type(mlp).__name__ == "GluMlp":
+        return SWIGLU if name == "SiLU" and not mlp.gate_last else None
     if name == "GELU":  # torch's, or timm's, which is exact
-        return {"none": "erf", "tanh": "tanh"}.get(getattr(activation, "approximate", "none"))
+        return {"none": "erf", "tanh": "tanh"}.get(getattr(mlp.act, "approximate", "none"))
     return {"GELUTanh": "tanh", "QuickGELU": "sigmoid"}.get(name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels import BACKENDS, DEVICE, error, poisoned
 from small import CLASSES, N, randomise, tiny
+from timm.layers import GluMlp, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -37,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention pooling, of prefix": {"global_pool": "map", "pool_include_prefix": True, "num_classes": 0},
     "tanh GELU": {"act_layer": "gelu_tanh", "global_pool": "map", "depth": 1},
     "quick GELU": {"act_layer": "quick_gelu"},
+    "SwiGLU": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "mlp_ratio": 5.0},
     "texts": {"num_classes": 70, "depth": 1},
     "texts of an attention pooling": {"global_pool": "map", "num_classes": 0, "embed_dim": 72, "num_heads": 3},
     "not square, patch 2 x 3": {"img_size": (8, 12), "patch_size": (2, 3)},
@@ -403,9 +405,10 @@ def test_bad_input_is_named(change: dict[str, Tensor], complaint: str) -> None:
             tiny(global_pool="map", norm_layer="rmsnorm", pre_norm=True),
             ["RmsNorm before the first", "found ['RmsNorm']"],
         ),
+        (tiny(mlp_layer=GluMlp), ["not SiLU of the first half"]),
         (tiny(act_layer="silu", norm_layer="rmsnorm"), ["SiLU(), not GELU", "LayerNorm"]),
     ],
-    ids=["linear", "eva", "eva qk", "eva post", "max", "map", "pre_norm", "silu"],
+    ids=["linear", "eva", "eva qk", "eva post", "max", "map", "pre_norm", "glu", "silu"],
 )
 def test_models_are_refused_with_every_reason(model: nn.Module, complaints: list[str]) -> None:
     with pytest.raises(ValueError, match="cannot run on the fused kernels") as caught:
