@@ -88,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "eva02-dynamic": Family(
         "EVA-02, dynamic size", "eva02_tiny_patch14_224", {"img_size": (28, 56), "dynamic_img_size": True}
     ),
+    "eva02-base": Family("EVA-02, base", "eva02_base_patch14_224", {"img_size": 56}),
     "eva-giant": Family("EVA", "eva_giant_patch14_clip_224", {"img_size": 56}),
     "rope-axial": Family("RoPE-ViT, axial", "vit_small_patch16_rope_224", {"img_size": 64}),
     "rope-mixed": Family("RoPE-ViT, mixed", "vit_small_patch16_rope_mixed_224", {"img_size": 64}),
@@ -273,8 +274,8 @@ def _fused(row: Row) -> str:
 INTRODUCTION = """# Models
 
 Made by `python -m benchmarks.models`: every family of timm's Vision Transformers, the smallest member by name, shrunk
-to two blocks of width 32 and a few patches, with random weights. What such a model does, its larger and trained sisters
-do."""
+to two blocks of width 32 and a few patches, with random weights. Larger members that are built alike do what it does;
+some are not (EVA-02 from base on, DINOv3 from huge on): `smi doctor MODEL` tells of any one."""
 
 READING = f"""- **sparse = timm**: logits and pixel gradient of the kept half of the patches are those of timm's own
   forward under its own patch dropout, to {LIMIT:g} of the largest, in float64.
@@ -286,7 +287,7 @@ READING = f"""- **sparse = timm**: logits and pixel gradient of the kept half of
 - **transfer**: as the student of `smi transfer` it can be fed the kept patches alone; any network can be fed all.
 
 The width of a head may be up to 128 on the fused operations. Convolutional and windowed networks (Swin, MViT, ...) need
-the whole grid and are refused with that reason; `smi doctor MODEL` says the same of any one model.
+the whole grid and are refused with that reason.
 
 Another input size: `smi.load_model(name, img_size=384)`, on the command line `--img-size 384`, interpolates the
 position embeddings of published weights and of your own checkpoint; `model.set_input_size(img_size=384)` of timm does

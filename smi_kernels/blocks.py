@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from smi_kernels.folding import Folded, Pool
+from smi_kernels import rotary
+from smi_kernels.folding import SWIGLU, Folded, Pool
+from smi_kernels.linear.reference import gradient_sums
 from smi_kernels.tuning import dot_precision
 
 
@@ -36,29 +39,44 @@ class Saved(NamedTuple):
 
 
 def forward(
-    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, dot: str
+    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, dot: str, by: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """``x, x_low, stats`` behind a block, and what its backward needs."""
+    """``x, x_low, stats`` behind a block, and what its backward needs; `by` are the `rotary.angles`, if it has any."""
     ops = torch.ops.smi
     D = x.shape[1]
     qkv, moments = ops.norm_linear(x_low, stats, *w.qkv, w.eps[0], x_low.dtype, dot)
-    out = ops.attention(qkv.view(-1, tokens, 3, heads, D // heads), w.qk_norm, w.qk_eps, dot_precision(dot))
+    parts = qkv.view(-1, tokens, 3, heads, D // heads)
+    if by is not None:
+        rotary.turn_(parts[:, :, :2], by)
+    out = ops.attention(parts, w.qk_norm, w.qk_eps, dot_precision(dot))
     return _rest(w, out.view(-1, D), x, dot, x_low, moments, qkv, None)
 
 
 def last_forward(
-    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, first: int, dot: str
+    w: Folded,
+    x: Tensor,
+    x_low: Tensor,
+    stats: Tensor,
+    tokens: int,
+    heads: int,
+    first: int,
+    dot: str,
+    by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """As `forward`, for the `first` tokens of each image alone, the only ones that the head reads: (B first, D)."""
+    """As `forward`, for the `first` tokens of each image alone, the only ones that the head reads: (B first, D).
+
+    These have no place in the image, so only keys are turned.
+    """
     ops = torch.ops.smi
     D = x.shape[1]
     kv, moments = ops.norm_linear(x_low, stats, *w.of_key_and_value(), w.eps[0], x_low.dtype, dot)
     query, _ = ops.norm_linear(
         _first(x_low, tokens, first), _first(stats, tokens, first), *w.of_query(), w.eps[0], x_low.dtype, dot
     )
-    out = ops.class_attention(
-        query.view(-1, first, heads, D // heads), kv.view(-1, tokens, 2, heads, D // heads), w.qk_norm, w.qk_eps
-    )
+    parts = kv.view(-1, tokens, 2, heads, D // heads)
+    if by is not None:
+        rotary.turn_(parts[:, :, :1], by)
+    out = ops.class_attention(query.view(-1, first, heads, D // heads), parts, w.qk_norm, w.qk_eps)
     return _rest(w, out.view(-1, D), _first(x, tokens, first), dot, x_low, moments, kv, query)
 
 
@@ -83,13 +101,18 @@ def _rest(
     ops = torch.ops.smi
     x_mid, x_mid_low, stats_mid = ops.linear_residual(out, w.proj.weight, w.proj.bias, x, dot)
     x_mid_low = low_of(x_mid, x_mid_low)
-    u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot, w.gelu)
+    if w.activation == SWIGLU:
+        u, moments_mid = ops.norm_linear(x_mid_low, stats_mid, *w.fc1, w.eps[1], x_mid_low.dtype, dot)
+        gate, value = u.to(x.dtype).chunk(2, dim=1)
+        activation = (F.silu(gate) * value).to(u.dtype)
+    else:
+        u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot, w.activation)
     x, low, stats = ops.linear_residual(activation, w.fc2.weight, w.fc2.bias, x_mid, dot)
     return x, low_of(x, low), stats, Saved(x_low, moments, qkv, x_mid_low, moments_mid, u, query)
 
 
 def backward(
-    w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, heads: int, dot: str
+    w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, heads: int, dot: str, by: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``dx, dx_low`` in front of a block from those behind it."""
     ops = torch.ops.smi
@@ -99,6 +122,8 @@ def backward(
     dqkv, dstats = ops.attention_dx(
         qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot)
     )
+    if by is not None:
+        rotary.turn_dx_(dqkv[:, :, :2], by, dstats, w.qkv.colsum[: 2 * D], w.qkv.bias[: 2 * D])
     dx, dx_low = ops.norm_linear_dx(
         dqkv.view(-1, 3 * D), w.qkv.weight, dstats, saved.x_low, saved.moments, dx, None, 1, 1, dot
     )
@@ -106,7 +131,15 @@ def backward(
 
 
 def last_backward(
-    w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: int, heads: int, first: int, dot: str
+    w: Folded,
+    saved: Saved,
+    dx: Tensor,
+    dx_low: Tensor,
+    tokens: int,
+    heads: int,
+    first: int,
+    dot: str,
+    by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dx, dx_low`` of all tokens in front of the last block from those of the `first` ones behind it."""
     ops = torch.ops.smi
@@ -125,6 +158,8 @@ def last_backward(
         kv.colsum,
         kv.bias,
     )
+    if by is not None:
+        rotary.turn_dx_(d_kv[:, :, :1], by, dstats, kv.colsum[:D], kv.bias[:D])
     extra = ops.linear_dx(d_query.view(-1, D), query.weight, dx.dtype, dot)
     dx, dx_low = ops.norm_linear_dx(
         d_kv.view(-1, 2 * D), kv.weight, dstats, saved.x_low, saved.moments, dx, extra, tokens, first, dot
@@ -160,9 +195,21 @@ def pool_backward(pool: Pool, saved: Saved, dx: Tensor, dx_low: Tensor, tokens: 
 def _rest_dx(w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, dot: str) -> tuple[Tensor, Tensor]:
     """Gradients of the stream between attention and MLP, and of the attention's output."""
     ops = torch.ops.smi
-    du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot, w.gelu)
+    if w.activation == SWIGLU:
+        du, dstats = _swiglu_dx(w, saved.u, ops.linear_dx(dx_low, w.fc2.weight, dx.dtype, dot))
+    else:
+        du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot, w.activation)
     dx, dx_low = ops.norm_linear_dx(du, w.fc1.weight, dstats, saved.x_mid_low, saved.moments_mid, dx, None, 1, 1, dot)
     return dx, ops.linear_dx(low_of(dx, dx_low), w.proj.weight, w.proj.weight.dtype, dot)
+
+
+def _swiglu_dx(w: Folded, u: Tensor, d_activation: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``linear_gelu_dx``, for u = (gate, value) and ``silu(gate) value`` (Shazeer, arXiv:2002.05202)."""
+    gate, value = u.to(d_activation.dtype).chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    du = torch.cat((d_activation * value * slope, d_activation * gate * sigmoid), dim=1).to(u.dtype)
+    return du, gradient_sums(du, u, w.fc1.colsum, w.fc1.bias)
 
 
 def low_of(x: Tensor, x_low: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ tokens into the position embedding, the mean of distilled heads into the heads.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+SWIGLU = "swiglu"
 
 
 class Linear(NamedTuple):
@@ -33,7 +36,7 @@ class Folded:
         proj, fc1, fc2: attention's output, with the first LayerScale; hidden layer, with the second norm; output, with
             the second LayerScale.
         qk_norm: (4, d) weight and bias of the query norm (with the softmax scale) and of the key norm, or None.
-        gelu: which one is the activation (`smi_kernels.linear.reference.GELUS`).
+        activation: a GELU (`smi_kernels.linear.reference.GELUS`), or `SWIGLU`, whose gates and values fc1 makes.
         eps, qk_eps: of the two norms, and of query and key norm.
     """
 
@@ -41,7 +44,7 @@ class Folded:
     proj: Linear
     fc1: Linear
     fc2: Linear
-    gelu: str
+    activation: str
     qk_norm: Tensor | None
     eps: tuple[float, float]
     qk_eps: float
@@ -95,6 +98,8 @@ class VitWeights:
         pool_skips: first tokens that are not pooled.
         texts: embeddings of the classes, if the logits are their cosines with the head's output; else None. Their
             ``colsum`` is 0: a norm whose mean counts as 0 makes vectors of length sqrt(E).
+        rotary: (blocks or 1, P + cells, H or 1, 2, d) sines and cosines that turn queries and keys of each token, in
+            which prefix tokens stay as they are; or None.
         patch_size, grid: (height, width), in pixels and in patches.
         heads, width: H and D.
         low, wide: dtypes of matrix operands, and of sums, residual stream, images and logits.
@@ -112,6 +117,7 @@ class VitWeights:
     pool: Pool | None
     pool_skips: int
     texts: Linear | None
+    rotary: Tensor | None
     patch_size: tuple[int, int]
     grid: tuple[int, int]
     channels: int
@@ -184,8 +190,8 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
         return Linear(rounded, rounded.double().sum(1).to(wide), bias.to(wide))
 
     def block(timm: Any) -> Folded:
-        attn = timm.attn
-        d, D = attn.head_dim, attn.qkv.in_features
+        attn, qkv = timm.attn, _qkv(timm.attn)
+        d, D = attn.head_dim, qkv.in_features
         scale = torch.ones(3 * D, dtype=torch.float64, device=device)
         qk_norm = None
         if isinstance(attn.q_norm, nn.LayerNorm):
@@ -197,13 +203,13 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             qk_norm = torch.stack(rows).to(wide)
         else:
             scale[:D] = attn.scale
-        gammas = [exact(ls.gamma) if hasattr(ls, "gamma") else None for ls in (timm.ls1, timm.ls2)]
+        gammas = [None if gamma is None else exact(gamma) for gamma in _layer_scales(timm)]
         return Folded(
-            qkv=linear(attn.qkv, timm.norm1, scale),
+            qkv=linear(qkv, timm.norm1, scale),
             proj=linear(attn.proj, after=gammas[0]),
             fc1=linear(timm.mlp.fc1, timm.norm2),
             fc2=linear(timm.mlp.fc2, after=gammas[1]),
-            gelu=str(_gelu(timm.mlp.act)),
+            activation=str(_activation(timm.mlp)),
             qk_norm=qk_norm,
             eps=(timm.norm1.eps, timm.norm2.eps),
             qk_eps=getattr(attn.q_norm, "eps", 0.0),
@@ -224,7 +230,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
             proj=linear(timm.proj),
             fc1=linear(timm.mlp.fc1, timm.norm),
             fc2=linear(timm.mlp.fc2),
-            gelu=str(_gelu(timm.mlp.act)),
+            activation=str(_activation(timm.mlp)),
             qk_norm=None,
             eps=(model.norm.eps, timm.norm.eps),
             qk_eps=0.0,
@@ -246,6 +252,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
     if prefix is None:
         prefix = patch_weight.new_empty(0, patch_weight.shape[0])
 
+    rope, half = getattr(model, "rope", None), getattr(model.blocks[0].attn, "rotate_half", False)
     means, attends = model.global_pool == "avg", getattr(model, "attn_pool", None) is not None
     norm = model.fc_norm if isinstance(model.fc_norm, nn.LayerNorm) else model.norm
     apart = attends or (means and norm is model.norm)  # the norm is of the tokens, before they are pooled
@@ -275,8 +282,9 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
         norm_pre=norm_of_all(model.norm_pre),
         norm_last=norm_of_all(model.norm) if apart and means else None,
         pool=pool(model.attn_pool) if attends else None,
-        pool_skips=0 if model.pool_include_prefix else len(prefix),
+        pool_skips=0 if getattr(model, "pool_include_prefix", attends) else len(prefix),
         texts=texts,
+        rotary=None if rope is None else _rotary(model, half, len(prefix)).to(device, wide).contiguous(),
         patch_size=tuple(embed.patch_size),
         grid=tuple(embed.grid_size),
         channels=embed.proj.in_channels,
@@ -288,6 +296,47 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
     )
 
 
+def _qkv(attn: Any) -> nn.Linear:
+    """Query, key and value as one layer whose heads, where they are turned, have the pairs (j, j + d / 2)."""
+    made: nn.Linear = copy.deepcopy(attn.qkv).double()
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([t.detach().double() for t in (attn.q_bias, attn.k_bias, attn.v_bias)])
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    if hasattr(attn, "rotate_half") and not attn.rotate_half:
+        order = _halves(attn.head_dim).to(made.weight.device)
+        for parameter in (made.weight, made.bias):
+            if parameter is not None:
+                heads = parameter.data.view(3, attn.num_heads, attn.head_dim, -1)
+                heads[:2] = heads[:2, :, order]
+    return made
+
+
+def _halves(d: int) -> Tensor:
+    """Even places, then odd ones."""
+    return torch.cat((torch.arange(0, d, 2), torch.arange(1, d, 2)))
+
+
+def _rotary(model: Any, half: bool, prefix: int) -> Tensor:
+    """`VitWeights.rotary` in float64, out of timm's (cells, 2 d) or, if blocks and heads differ, (L, H, cells, 2 d)."""
+    rope, grid = model.rope, model.patch_embed.grid_size
+    fixed = not model.dynamic_img_size and hasattr(rope, "feat_shape")
+    timms = (rope.get_embed() if fixed else rope.get_embed(shape=grid)).detach().double()
+    if timms.ndim == 2:
+        timms = timms[None, None]
+    table = torch.stack(timms.chunk(2, dim=-1), dim=3).transpose(1, 2)
+    if not half:
+        table = table[..., _halves(table.shape[-1]).to(table.device)]
+    still = torch.zeros_like(table[:, :1]).expand(-1, prefix, -1, -1, -1).clone()
+    still[..., 1, :] = 1
+    return torch.cat((still, table), dim=1)
+
+
+def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    if hasattr(block, "ls1"):
+        return getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)
+    return block.gamma_1, block.gamma_2
+
+
 def unsupported_reasons(model: object) -> list[str]:
     """Every reason why the kernels cannot run `model`; empty if they can.
 
@@ -295,8 +344,8 @@ def unsupported_reasons(model: object) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         return [f"expected a torch.nn.Module, got {type(model).__name__}"]
-    if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
-        return ["expected timm's VisionTransformer or VisionTransformerDistilled (ViT, DeiT, DeiT-III, DINO, ...)"]
+    if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled", "Eva"):
+        return ["expected timm's VisionTransformer, VisionTransformerDistilled or Eva (ViT, DeiT, DINO, CLIP, ...)"]
     vit: Any = model
     reasons = [*_embedding(vit), *_head(vit)]
     for number, block in enumerate(vit.blocks):
@@ -365,14 +414,15 @@ def _pool(pool: Any, norm_first: bool) -> list[str]:
 
 
 def _block(block: Any) -> list[str]:
-    if type(block).__name__ != "Block":
-        return [f"its blocks are {type(block).__name__}, not timm's Block"]
+    if type(block).__name__ not in ("Block", "EvaBlock"):
+        return [f"its blocks are {type(block).__name__}, not timm's Block or EvaBlock"]
     reasons = []
     attn, mlp = block.attn, block.mlp
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, nn.LayerNorm):
             reasons.append(f"it normalises by {type(norm).__name__}, not LayerNorm")
-    if type(attn).__name__ != "Attention":
+    turned = hasattr(attn, "rotate_half")
+    if type(attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
         reasons.append(f"its attention is {type(attn).__name__}, not timm's Attention")
     else:
         if getattr(attn, "qkv", None) is None or attn.qkv.out_features != 3 * attn.qkv.in_features:
@@ -382,7 +432,9 @@ def _block(block: Any) -> list[str]:
         if getattr(attn, "gate", None) is not None:
             reasons.append("its attention is gated")
         for norm in (attn.q_norm, attn.k_norm):
-            if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+            if turned and not isinstance(norm, nn.Identity):
+                reasons.append("it normalises queries and keys before it turns them")
+            elif not isinstance(norm, (nn.Identity, nn.LayerNorm)):
                 reasons.append(f"query and key are normalised by {type(norm).__name__}, not LayerNorm")
         if not 16 <= attn.head_dim <= 128 and attn.head_dim > 128:
             reasons.append(f"its heads are {attn.head_dim} wide; the kernels go to 128")
@@ -390,11 +442,12 @@ def _block(block: Any) -> list[str]:
 
 
 def _mlp(mlp: Any) -> list[str]:
-    if type(mlp).__name__ != "Mlp":
-        return [f"its MLP is {type(mlp).__name__}, not timm's Mlp"]
+    if type(mlp).__name__ not in ("Mlp", "GluMlp"):
+        return [f"its MLP is {type(mlp).__name__}, not timm's Mlp or GluMlp"]
     reasons = []
-    if _gelu(mlp.act) is None:
-        reasons.append(f"its activation is {mlp.act}, not GELU, its tanh or its quick approximation")
+    if _activation(mlp) is None:
+        expected = "SiLU of the first half" if type(mlp).__name__ == "GluMlp" else "GELU, its tanh or its quick form"
+        reasons.append(f"its activation is {mlp.act}, not {expected}")
     if not isinstance(mlp.norm, nn.Identity):
         reasons.append("its MLP has a norm inside")
     if not isinstance(mlp.fc1, nn.Linear):
@@ -402,9 +455,11 @@ def _mlp(mlp: Any) -> list[str]:
     return reasons
 
 
-def _gelu(activation: nn.Module) -> str | None:
-    """Which GELU this module is, as `smi_kernels.linear.reference.GELUS` has it; None if it is none."""
-    name = type(activation).__name__
+def _activation(mlp: Any) -> str | None:
+    """`Folded.activation` of an MLP; None if the kernels have none such."""
+    name = type(mlp.act).__name__
+    if type(mlp).__name__ == "GluMlp":
+        return SWIGLU if name == "SiLU" and not mlp.gate_last else None
     if name == "GELU":  # torch's, or timm's, which is exact
-        return {"none": "erf", "tanh": "tanh"}.get(getattr(activation, "approximate", "none"))
+        return {"none": "erf", "tanh": "tanh"}.get(getattr(mlp.act, "approximate", "none"))
     return {"GELUTanh": "tanh", "QuickGELU": "sigmoid"}.get(name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
-from smi_kernels import blocks, heads, tuning
+from smi_kernels import blocks, heads, rotary, tuning
 from smi_kernels.attention.reference import received
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import row_statistics
@@ -27,6 +27,7 @@ _LOW = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f
 
 
 _NORMED, _READ = 3, 5  # tensors that a LayerNorm of all tokens keeps, and a head
+_FIRST = 2 + 2 * _NORMED + _READ
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Trace:
             and statistics.
         normed: input, mean and 1 / standard deviation of the norms before the blocks and before the mean; or None.
         read: of the head.
+        places: (B, N) int64 of `rotary.tokens`; None without rotary embeddings.
         query, key: (B, H, d) and (B, N, H, d), whose attention ranks patches: of the class token or the pooling's query
             to the tokens; or of all tokens to each other, (B, N, H, d) both. Before any query and key norm.
         tokens: N.
@@ -48,23 +50,24 @@ class Trace:
     saved: list[tuple[Any, ...]]
     normed: list[Tensor | None]
     read: heads.Read
+    places: Tensor | None
     query: Tensor | None
     key: Tensor | None
     tokens: int
 
     def tensors(self) -> list[Tensor | None]:
         """All that `SparseViT.backward` reads, as one list."""
-        return [self.parts, *self.normed, *self.read, *(tensor for kept in self.saved for tensor in kept)]
+        return [self.parts, self.places, *self.normed, *self.read, *(tensor for kept in self.saved for tensor in kept)]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], weights: VitWeights, tokens: int) -> Trace:
         """The trace of a network with `weights` whose `tensors` these are, but for what only `rank` reads."""
-        first, (parts, *around) = 1 + 2 * _NORMED + _READ, tensors[: 1 + 2 * _NORMED + _READ]
-        each = (len(tensors) - first) // (len(weights.blocks) + (weights.pool is not None))
-        saved = [tuple(tensors[i : i + each]) for i in range(first, len(tensors), each)]
+        parts, places, *around = tensors[:_FIRST]
+        each = (len(tensors) - _FIRST) // (len(weights.blocks) + (weights.pool is not None))
+        saved = [tuple(tensors[i : i + each]) for i in range(_FIRST, len(tensors), each)]
         assert parts is not None
         read = heads.Read(*around[2 * _NORMED :])  # type: ignore[arg-type]
-        return cls(parts, saved, around[: 2 * _NORMED], read, None, None, tokens)
+        return cls(parts, saved, around[: 2 * _NORMED], read, places, None, None, tokens)
 
 
 class SparseViT(nn.Module):
@@ -179,13 +182,14 @@ class SparseViT(nn.Module):
         if w.norm_pre is not None:
             x, normed[:_NORMED] = heads.normalise(w.norm_pre, x)
             x_low, stats = x.to(w.low), row_statistics(x)
+        places = self._places(images, keep, offsets)
         for number, block in enumerate(w.blocks):
-            before = (x, stats)
+            before, by = (x, stats), self._turns(number, places)
             with span(f"block {number} forward"):
                 if R and number == len(w.blocks) - 1:
-                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot)
+                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot, by)
                 else:
-                    x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot)
+                    x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot, by)
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
         query, key = self._ranked_by(kept, w.heads, N)
@@ -202,7 +206,7 @@ class SparseViT(nn.Module):
             x = self._pooled(x, N).view(B, N - w.pool_skips, D).mean(1)
             x_low, stats = x.to(w.low), row_statistics(x)
         parts, read = heads.forward(w, x_low.view(B, R or 1, D), stats.view(B, R or 1, *stats.shape[1:]), self._dot)
-        return Trace(parts, saved, normed if trace else [], read, query, key, N)
+        return Trace(parts, saved, normed if trace else [], read, places, query, key, N)
 
     def _pooled(self, rows: Tensor, tokens: int) -> Tensor:
         """Of (B N, ...) rows those of the tokens that are pooled."""
@@ -218,14 +222,26 @@ class SparseViT(nn.Module):
         qkv = kept.qkv.view(-1, tokens, 3, heads_, d)
         return qkv[:, 0, 0] if self.weights.has_class_token else qkv[:, :, 0], qkv[:, :, 1]
 
+    def _places(self, images: Tensor, keep: Tensor | None, offsets: Tensor | None) -> Tensor | None:
+        w = self.weights
+        if w.rotary is None:
+            return None
+        prefix, cells = w.prefix.shape[0], w.position.shape[0]
+        return rotary.tokens(keep, offsets, images.shape[0], prefix, cells, w.grid, w.patch_size, images.device)
+
+    def _turns(self, number: int, places: Tensor | None) -> Tensor | None:
+        """The angles of a block's tokens."""
+        table = self.weights.rotary
+        return None if table is None or places is None else rotary.angles(table, number, places)
+
     def _kept(
-        self, kept: tuple[Any, ...], again: Callable[..., tuple[Any, ...]], part: Any, *sizes: int
+        self, kept: tuple[Any, ...], again: Callable[..., tuple[Any, ...]], part: Any, *rest: Any
     ) -> blocks.Saved:
         """What a part's backward needs; under the small memory plan `again` computes it from input and statistics."""
         if self.memory == "fast":
             return blocks.Saved(*kept)
         x, stats = kept
-        made: blocks.Saved = again(part, x, x.to(self.weights.low), stats, *sizes, self._dot)[-1]
+        made: blocks.Saved = again(part, x, x.to(self.weights.low), stats, *rest)[-1]
         return made
 
     @property
@@ -255,7 +271,7 @@ class SparseViT(nn.Module):
             n = N - w.pool_skips
             if w.pool is not None:
                 with span("pooling backward"):
-                    kept = self._kept(saved.pop(), blocks.pool_forward, w.pool, n)
+                    kept = self._kept(saved.pop(), blocks.pool_forward, w.pool, n, self._dot)
                     dx, _ = blocks.pool_backward(w.pool, kept, dx, dx_low, n, self._dot)
                 dx = dx.view(B, n, D)
             else:
@@ -266,14 +282,13 @@ class SparseViT(nn.Module):
             dx_low = dx.to(w.low)
         for number in reversed(range(len(w.blocks))):
             block, last = w.blocks[number], bool(R) and number == len(w.blocks) - 1
-            sizes = (N, w.heads, R) if last else (N, w.heads)
-            run = blocks.last_forward if last else blocks.forward
-            kept = self._kept(saved[number], run, block, *sizes)
+            run: Callable[..., tuple[Any, ...]] = blocks.last_forward if last else blocks.forward
+            back: Callable[..., tuple[Tensor, Tensor]] = blocks.last_backward if last else blocks.backward
+            sizes = (N, w.heads, *((R,) if last else ()), self._dot)
+            by = self._turns(number, trace.places)
+            kept = self._kept(saved[number], run, block, *sizes, by)
             with span(f"block {number} backward"):
-                if last:
-                    dx, dx_low = blocks.last_backward(block, kept, dx, dx_low, N, w.heads, R, self._dot)
-                else:
-                    dx, dx_low = blocks.backward(block, kept, dx, dx_low, N, w.heads, self._dot)
+                dx, dx_low = back(block, kept, dx, dx_low.view(-1, D), *sizes, by)
         if w.norm_pre is not None:
             dx_low = heads.normalise_dx(w.norm_pre, trace.normed[:_NORMED], dx).to(w.low)
         patches: Tensor = torch.ops.smi.embed_tokens_dx(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kernels import BACKENDS, DEVICE
 from rehearsal import Rehearsal
-from small import PRUNED, SEMANTICS, UNPRUNED, tiny
+from small import PRUNED, SEMANTICS, UNPRUNED, randomise, tiny
+from timm.models.eva import Eva
 from torch import Tensor
 
 import smi
@@ -31,13 +33,14 @@ def fused(model: Any, backend: str, **options: Any) -> SparseModel:
 
 
 def both(
-    backend: str, config: Config, targets: Any = (0, 3, 1), objectives: Any = ((), ()), **options: Any
+    backend: str,
+    config: Config,
+    targets: Any = (0, 3, 1),
+    objectives: Any = ((), ()),
+    model: Any = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    texts = options.pop("texts", None)
-    model = tiny(**options)
-    if texts is not None:
-        model = smi.with_text_head(model, texts, logit_scale=4.0)
-    model = model.double().to(DEVICE)
+    model = (tiny(**options) if model is None else model).double().to(DEVICE)
     made = []
     networks = fused(model, backend), SparseModel(model, backend="reference")
     for network, terms in zip(networks, objectives, strict=True):
@@ -68,18 +71,24 @@ def test_fused_iterations_are_those_of_the_ordinary_loop(backend: str, changes: 
     compare(*both(backend, config))
 
 
-HEADS: dict[str, dict[str, Any]] = {
-    "norms": {"pre_norm": True, "global_pool": "avg", "class_token": False, "fc_norm": False},
-    "pooling": {"global_pool": "map", "class_token": False, "reg_tokens": 1, "pre_norm": True},
-    "texts": {"texts": torch.eye(5), "pre_norm": True},
+def turned() -> Any:
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return randomise(Eva(**sizes, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=2))
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "norms": lambda: tiny(pre_norm=True, global_pool="avg", class_token=False, fc_norm=False),
+    "pooling": lambda: tiny(global_pool="map", class_token=False, reg_tokens=1, pre_norm=True),
+    "texts": lambda: smi.with_text_head(tiny(pre_norm=True), torch.eye(5), logit_scale=4.0),
+    "turned": turned,
 }
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton" or DEVICE != "cpu"])
-def test_so_they_are_with_other_heads_and_rankings(backend: str, kind: str) -> None:
+def test_so_they_are_of_other_families(backend: str, kind: str) -> None:
     config = Config(**PRUNED, learning_rate=0.05, eps=1e-4, tv2=1e-2, best=True, best_every=3)
-    compare(*both(backend, config, **HEADS[kind]))
+    compare(*both(backend, config, model=OTHERS[kind]()))
 
 
 def compare(found: Any, expected: Any) -> None:

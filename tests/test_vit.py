@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels import BACKENDS, DEVICE, error, poisoned
 from small import CLASSES, N, randomise, tiny
+from timm.layers import GluMlp, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -37,13 +38,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention pooling, of prefix": {"global_pool": "map", "pool_include_prefix": True, "num_classes": 0},
     "tanh GELU": {"act_layer": "gelu_tanh", "global_pool": "map", "depth": 1},
     "quick GELU": {"act_layer": "quick_gelu"},
+    "SwiGLU": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "mlp_ratio": 5.0},
     "texts": {"num_classes": 70, "depth": 1},
     "texts of an attention pooling": {"global_pool": "map", "num_classes": 0, "embed_dim": 72, "num_heads": 3},
     "not square, patch 2 x 3": {"img_size": (8, 12), "patch_size": (2, 3)},
 }
+EVA = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+ROTARY: dict[str, dict[str, Any]] = {
+    "turned neighbours": {"rope_type": "cat", "init_values": 0.1},
+    "turned halves": {"rope_type": "dinov3", "rope_rotate_half": True, "num_reg_tokens": 2, "use_abs_pos_emb": False},
+    "turned apart in every head": {"rope_type": "mixed", "attn_type": "rope", "qkv_bias": False},
+    "turned, attention pooling": {"global_pool": "map", "use_pre_transformer_norm": True},
+    "turned, no class token": {"global_pool": "avg", "class_token": False},
+}
 
 
 def build(variant: str) -> Any:
+    if variant in ROTARY:
+        return randomise(Eva(**EVA, **{"use_rot_pos_emb": True, **ROTARY[variant]})).double().to(DEVICE)
     options = VARIANTS[variant]
     model = tiny(**options)
     if variant.startswith("texts"):
@@ -89,7 +101,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "distilled"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *ROTARY, "distilled"])
 def test_all_patches_give_timms_logits_and_gradient(variant: str, backend: str) -> None:
     model = distilled() if variant == "distilled" else build(variant)
     vit = SparseViT.from_timm(model)
@@ -102,7 +114,10 @@ def test_all_patches_give_timms_logits_and_gradient(variant: str, backend: str) 
 
 @pytest.mark.parametrize("K", [1, 7, 16])
 @pytest.mark.parametrize("per_image", [True, False])
-@pytest.mark.parametrize("variant", ["plain", "registers, apart from positions", "no class token", "distilled"])
+@pytest.mark.parametrize(
+    "variant",
+    ["plain", "registers, apart from positions", "no class token", "distilled", "turned apart in every head"],
+)
 def test_kept_patches_under_jitter_are_those_of_the_augmented_image(
     variant: str, per_image: bool, K: int, backend: str
 ) -> None:
@@ -119,7 +134,15 @@ def test_kept_patches_under_jitter_are_those_of_the_augmented_image(
         assert (found[1] == 0).sum() == 2 * 3 * 15 * 16
 
 
-@pytest.mark.parametrize("variant", ["plain", "layer scale, qk norm", "registers, apart from positions", "distilled"])
+def test_all_patches_under_jitter_are_turned_where_they_lie(backend: str) -> None:
+    model, jitter = build("turned neighbours"), torch.tensor([[4, -8, 1]], device=DEVICE)
+    expected = gradient(lambda x: SparseModel(model, backend="reference").feed(x, None, jitter)[0], pixels(model))
+    found = gradient(SparseViT.from_timm(model), pixels(model), None, jitter)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["layer scale, qk norm", "distilled", "turned neighbours", "turned halves"])
 def test_class_attention_is_the_last_blocks(variant: str, backend: str) -> None:
     model = distilled() if variant == "distilled" else build(variant)
     keep = some_patches(2, 9, N)
@@ -142,6 +165,7 @@ POOLED = {
     "attention pooling": "attention_pool",
     "attention pooling, not of prefix": "attention_pool",
     "attention pooling, of prefix": "attention_pool",
+    "turned, no class token": "received_attention",
 }
 
 
@@ -203,6 +227,17 @@ def test_tiny_and_huge_gradients_survive_float16(backend: str) -> None:
     assert torch.equal(small * 2**40, plain) and torch.equal(large / 2**40, plain) and plain.abs().max() > 0
     zero = torch.autograd.grad(0 * vit(images).sum(), images)[0]
     assert (zero == 0).all()
+
+
+def test_rotary_embeddings_in_16_bits_and_computed_again(backend: str) -> None:
+    model: Any = Eva(**{**EVA, "embed_dim": 32}, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True)
+    model = randomise(model).to(DEVICE)
+    _within_eager(model, "bf16", backend)
+    if backend != "triton" or DEVICE != "cpu":
+        model, keep = model.float(), some_patches(2, 7, N)
+        images = pixels(model, dtype=torch.float32)
+        plans = [gradient(SparseViT.from_timm(model, memory=memory), images, keep) for memory in ("fast", "small")]
+        assert torch.equal(plans[0][1], plans[1][1])
 
 
 @pytest.mark.parametrize(
@@ -313,10 +348,10 @@ def test_inputs_of_every_kind(backend: str) -> None:
     assert torch.autograd.grad(vit(empty).sum(), empty)[0].shape == empty.shape
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "global_pool": "map"}], ids=["plain", "pool"])
+@pytest.mark.parametrize("variant", ["plain", "norm before the blocks", "attention pooling", "turned neighbours"])
 @pytest.mark.parametrize("class_attention", [False, True])
-def test_torch_compile_takes_it_whole(class_attention: bool, options: dict[str, Any]) -> None:
-    model = tiny(**options).to(DEVICE)
+def test_torch_compile_takes_it_whole(class_attention: bool, variant: str) -> None:
+    model = build(variant).float()
     vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
     keep = some_patches(2, 7, N)
 
@@ -361,16 +396,19 @@ def test_bad_input_is_named(change: dict[str, Tensor], complaint: str) -> None:
     ("model", "complaints"),
     [
         (nn.Linear(2, 2), ["VisionTransformer"]),
-        (Eva(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2), ["VisionTransformer"]),
+        (Eva(**EVA, qkv_fused=False, scale_mlp=True, scale_attn_inner=True), ["one square", "output has", "inside"]),
+        (Eva(**EVA, use_rot_pos_emb=True, qk_norm=True, use_post_norm=False), ["before it turns them"]),
+        (Eva(**EVA, use_post_norm=True), ["EvaBlockPostNorm"]),
         (tiny(global_pool="max"), ["pools by 'max'"]),
         (tiny(global_pool="map", act_layer="silu"), ["in its attention pooling its activation is SiLU"]),
         (
             tiny(global_pool="map", norm_layer="rmsnorm", pre_norm=True),
             ["RmsNorm before the first", "found ['RmsNorm']"],
         ),
+        (tiny(mlp_layer=GluMlp), ["not SiLU of the first half"]),
         (tiny(act_layer="silu", norm_layer="rmsnorm"), ["SiLU(), not GELU", "LayerNorm"]),
     ],
-    ids=["linear", "eva", "max", "map", "pre_norm", "silu"],
+    ids=["linear", "eva", "eva qk", "eva post", "max", "map", "pre_norm", "glu", "silu"],
 )
 def test_models_are_refused_with_every_reason(model: nn.Module, complaints: list[str]) -> None:
     with pytest.raises(ValueError, match="cannot run on the fused kernels") as caught:
