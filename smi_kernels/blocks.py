@@ -24,6 +24,8 @@ class Saved(NamedTuple):
         x_mid_low, moments_mid: stream between attention and MLP, and its moments.
         u: pre-activation of the MLP.
         query: (B R, D) of a last block.
+        size: (B, N) patches in each token in front of the block, None for one in each.
+        target, merged_size: (B, N) int64 and (B, N') of a block that merges, between attention and MLP.
     """
 
     x_low: Tensor
@@ -33,21 +35,43 @@ class Saved(NamedTuple):
     moments_mid: Tensor
     u: Tensor
     query: Tensor | None = None
+    size: Tensor | None = None
+    target: Tensor | None = None
+    merged_size: Tensor | None = None
 
 
 def forward(
-    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, dot: str
+    w: Folded,
+    x: Tensor,
+    x_low: Tensor,
+    stats: Tensor,
+    tokens: int,
+    heads: int,
+    dot: str,
+    size: Tensor | None = None,
+    prefix: int = 0,
+    fewer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """``x, x_low, stats`` behind a block, and what its backward needs."""
+    """``x, x_low, stats`` behind a block that merges `fewer` tokens of each image, and what its backward needs."""
     ops = torch.ops.smi
     D = x.shape[1]
     qkv, moments = ops.norm_linear(x_low, stats, *w.qkv, w.eps[0], x_low.dtype, dot)
-    out = ops.attention(qkv.view(-1, tokens, 3, heads, D // heads), w.qk_norm, w.qk_eps, dot_precision(dot))
-    return _rest(w, out.view(-1, D), x, dot, x_low, moments, qkv, None)
+    heads_of = qkv.view(-1, tokens, 3, heads, D // heads)
+    out = ops.attention(heads_of, w.qk_norm, w.qk_eps, dot_precision(dot), size)
+    target = ops.match_tokens(heads_of[:, :, 1], w.qk_norm, w.qk_eps, prefix, fewer) if fewer else None
+    return _rest(w, out.view(-1, D), x, dot, Saved(x_low, moments, qkv, x, x, x, None, size, target), tokens - fewer)
 
 
 def last_forward(
-    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, first: int, dot: str
+    w: Folded,
+    x: Tensor,
+    x_low: Tensor,
+    stats: Tensor,
+    tokens: int,
+    heads: int,
+    first: int,
+    dot: str,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """As `forward`, for the `first` tokens of each image alone, the only ones that the head reads: (B first, D)."""
     ops = torch.ops.smi
@@ -57,21 +81,24 @@ def last_forward(
         _first(x_low, tokens, first), _first(stats, tokens, first), *w.of_query(), w.eps[0], x_low.dtype, dot
     )
     out = ops.class_attention(
-        query.view(-1, first, heads, D // heads), kv.view(-1, tokens, 2, heads, D // heads), w.qk_norm, w.qk_eps
+        query.view(-1, first, heads, D // heads), kv.view(-1, tokens, 2, heads, D // heads), w.qk_norm, w.qk_eps, size
     )
-    return _rest(w, out.view(-1, D), _first(x, tokens, first), dot, x_low, moments, kv, query)
+    x = _first(x, tokens, first)
+    return _rest(w, out.view(-1, D), x, dot, Saved(x_low, moments, kv, x, x, x, query, size), first)
 
 
-def _rest(
-    w: Folded, out: Tensor, x: Tensor, dot: str, x_low: Tensor, moments: Tensor, qkv: Tensor, query: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """From the attention's output to the end of the block."""
+def _rest(w: Folded, out: Tensor, x: Tensor, dot: str, saved: Saved, left: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """From the attention's output to the end of the block, with `left` tokens of each image behind a merging."""
     ops = torch.ops.smi
     x_mid, x_mid_low, stats_mid = ops.linear_residual(out, w.proj.weight, w.proj.bias, x, dot)
+    merged_size = None
+    if saved.target is not None:
+        x_mid, x_mid_low, stats_mid, merged_size = ops.merge_tokens(x_mid, saved.size, saved.target, left, out.dtype)
     x_mid_low = low_of(x_mid, x_mid_low)
     u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot)
     x, low, stats = ops.linear_residual(activation, w.fc2.weight, w.fc2.bias, x_mid, dot)
-    return x, low_of(x, low), stats, Saved(x_low, moments, qkv, x_mid_low, moments_mid, u, query)
+    saved = saved._replace(x_mid_low=x_mid_low, moments_mid=moments_mid, u=u, merged_size=merged_size)
+    return x, low_of(x, low), stats, saved
 
 
 def backward(
@@ -83,7 +110,7 @@ def backward(
     dx, d_out = _rest_dx(w, saved, dx, dx_low, dot)
     qkv = saved.qkv.view(-1, tokens, 3, heads, D // heads)
     dqkv, dstats = ops.attention_dx(
-        qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot)
+        qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot), saved.size
     )
     dx, dx_low = ops.norm_linear_dx(
         dqkv.view(-1, 3 * D), w.qkv.weight, dstats, saved.x_low, saved.moments, dx, None, 1, 1, dot
@@ -110,6 +137,7 @@ def last_backward(
         query.bias,
         kv.colsum,
         kv.bias,
+        saved.size,
     )
     extra = ops.linear_dx(d_query.view(-1, D), query.weight, dx.dtype, dot)
     dx, dx_low = ops.norm_linear_dx(
@@ -123,6 +151,8 @@ def _rest_dx(w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, dot: str) -> t
     ops = torch.ops.smi
     du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot)
     dx, dx_low = ops.norm_linear_dx(du, w.fc1.weight, dstats, saved.x_mid_low, saved.moments_mid, dx, None, 1, 1, dot)
+    if saved.target is not None:
+        dx, dx_low = ops.merge_tokens_dx(dx, saved.size, saved.target, saved.merged_size, dx_low.dtype)
     return dx, ops.linear_dx(low_of(dx, dx_low), w.proj.weight, w.proj.weight.dtype, dot)
 
 

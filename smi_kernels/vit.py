@@ -19,6 +19,7 @@ from smi_kernels import blocks, tuning
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import gradient_sums, row_statistics
 from smi_kernels.marks import span
+from smi_kernels.token_merge.reference import merge_counts
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Memory = Literal["fast", "small"]
@@ -35,6 +36,7 @@ class Trace:
         head_x, head_moments: rows that the head normalised, and for each head their moments.
         query, key: (B, H, d) of the class token and (B, N, H, d) of all tokens in the last block, before any norm.
         tokens: N.
+        size: (B, N') patches in each token of the last block, None for one in each.
     """
 
     parts: Tensor
@@ -44,19 +46,21 @@ class Trace:
     query: Tensor | None
     key: Tensor | None
     tokens: int
+    size: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None]:
         """All that `SparseViT.backward` reads, as one list."""
-        return [self.parts, self.head_x, *self.head_moments, *(tensor for kept in self.saved for tensor in kept)]
+        saved = (tensor for kept in self.saved for tensor in kept)
+        return [self.size, self.parts, self.head_x, *self.head_moments, *saved]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], heads: int, blocks_: int, tokens: int) -> Trace:
         """The trace whose `tensors` these are, but for what only `SparseViT.rank` reads."""
-        first = 2 + heads
+        first = 3 + heads
         each = (len(tensors) - first) // blocks_
         saved = [tuple(tensors[i : i + each]) for i in range(first, len(tensors), each)]
-        parts, head_x, *moments = (tensor for tensor in tensors[:first] if tensor is not None)
-        return cls(parts, saved, head_x, moments, None, None, tokens)
+        parts, head_x, *moments = (tensor for tensor in tensors[1:first] if tensor is not None)
+        return cls(parts, saved, head_x, moments, None, None, tokens, tensors[0])
 
 
 class SparseViT(nn.Module):
@@ -76,18 +80,30 @@ class SparseViT(nn.Module):
         logits: (B, classes) float32; with `class_attention` also (B, K) float32, the class token's attention to each
         fed patch in the last block, mean over heads (Hu et al., ICML 2024, equation 4); no gradient flows through it.
 
+    Attributes:
+        merge_to: share of the fed patches that merging of alike tokens inside the blocks leaves in front of the last
+            one (Bolya et al., "Token Merging", ICLR 2023, section 3; see `smi_kernels.merge_counts`); may be set,
+            but not between a forward and its backward. None and 1 merge nothing.
+
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or attention asked of a model without class token.
+        ValueError: shapes, dtypes or devices that do not fit, attention asked of a model without class token or while
+            tokens are merged, or more to merge than the blocks can.
     """
 
     def __init__(
-        self, weights: VitWeights, precision: Precision = "fp32", memory: Memory = "fast", batch_invariant: bool = False
+        self,
+        weights: VitWeights,
+        precision: Precision = "fp32",
+        memory: Memory = "fast",
+        batch_invariant: bool = False,
+        merge_to: float | None = None,
     ) -> None:
         super().__init__()
         self.weights = weights
         self.precision = precision
         self.memory = memory
         self.batch_invariant = batch_invariant
+        self.merge_to = merge_to
         self._dot = ("tf32" if precision == "tf32" else "ieee") + (tuning.INVARIANT if batch_invariant else "")
 
     @classmethod
@@ -98,6 +114,7 @@ class SparseViT(nn.Module):
         *,
         memory: Memory = "fast",
         batch_invariant: bool = False,
+        merge_to: float | None = None,
         device: str | torch.device | None = None,
     ) -> SparseViT:
         """Fold the weights of a timm ``VisionTransformer``, which is not modified.
@@ -109,6 +126,7 @@ class SparseViT(nn.Module):
             memory: ``fast`` keeps 18 bytes times width per token and block in 16 bits; ``small`` keeps each block's
                 input alone and computes the rest again in the backward.
             batch_invariant: one tile for every batch size, so that an image's bits do not depend on its batch.
+            merge_to: see the attribute.
             device: where to; default where the model is.
 
         Raises:
@@ -125,7 +143,7 @@ class SparseViT(nn.Module):
         dtype = torch.float64 if first.dtype == torch.float64 and precision == "fp32" else _LOW[precision]
         to = torch.device(device) if device is not None else first.device
         weights = fold(model, dtype, to, tf32=precision == "tf32")
-        return cls(weights, precision, memory, batch_invariant)
+        return cls(weights, precision, memory, batch_invariant, merge_to)
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, jitter: Tensor | None = None, class_attention: bool = False
@@ -163,13 +181,17 @@ class SparseViT(nn.Module):
         B, N, D = x.shape
         x_low = blocks.low_of(x, x_low).view(B * N, D)
         x = x.view(B * N, D)
-        for number, block in enumerate(w.blocks):
-            before = (x, stats)
+        prefix, size, fed = w.prefix.shape[0], None, N
+        for number, (block, left) in enumerate(zip(w.blocks, self._left(N), strict=True)):
+            before = (x, stats, size)
             with span(f"block {number} forward"):
                 if R and number == len(w.blocks) - 1:
-                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot)
+                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot, size)
                 else:
-                    x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot)
+                    x, x_low, stats, kept = blocks.forward(
+                        block, x, x_low, stats, N, w.heads, self._dot, size, prefix, N - left
+                    )
+                    N, size = left, size if kept.merged_size is None else kept.merged_size
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
         if R:
@@ -181,7 +203,8 @@ class SparseViT(nn.Module):
         else:
             qkv = kept.qkv.view(B, N, 3, w.heads, w.head_dim)
             query, key = qkv[:, 0, 0], qkv[:, :, 1]
-            x = x.view(B, N, D)[:, w.prefix.shape[0] :].mean(1)
+            x = x.view(B, N, D)[:, prefix:]
+            x = x.mean(1) if size is None else (x * size[:, prefix:, None]).sum(1) / (fed - prefix)
             x_low, stats = x.to(w.low), row_statistics(x)
         rows, stats = x_low.view(B, R or 1, D), stats.view(B, R or 1, *stats.shape[1:])
         parts, moments = zip(
@@ -191,7 +214,14 @@ class SparseViT(nn.Module):
             ),
             strict=True,
         )
-        return Trace(_stack(parts, 0), saved, x_low, list(moments), query, key, N)
+        return Trace(_stack(parts, 0), saved, x_low, list(moments), query, key, fed, size)
+
+    def _left(self, tokens: int) -> list[int]:
+        """Tokens behind each block, prefix among them, of so many in front of the first."""
+        prefix, depth = self.weights.prefix.shape[0], len(self.weights.blocks)
+        if self.merge_to is None:
+            return [tokens] * depth
+        return [prefix + left for left in merge_counts(tokens - prefix, depth, self.merge_to)]
 
     def backward(self, trace: Trace, d_logits: Tensor, dstats: Tensor, scale: Tensor | None = None) -> Tensor:
         """Gradient with respect to the pixels of the fed patches.
@@ -206,7 +236,7 @@ class SparseViT(nn.Module):
         Returns:
             (B, K, C * height * width) in the wide dtype, patches in the order of `keep`.
         """
-        w, ops, N = self.weights, torch.ops.smi, trace.tokens
+        w, ops = self.weights, torch.ops.smi
         B, D, R = d_logits.shape[0], w.width, w.head_tokens
         rows = trace.head_x.view(B, R or 1, D)
         made = [
@@ -218,21 +248,24 @@ class SparseViT(nn.Module):
         dx = _stack([pair[0] for pair in made], 1).view(-1, D)
         dx_low = blocks.low_of(dx, _stack([pair[1] for pair in made], 1))
         if not R:
-            share = (dx / (N - w.prefix.shape[0])).view(B, 1, D)
-            dx = torch.cat((share.new_zeros(B, w.prefix.shape[0], D), share.expand(-1, N - w.prefix.shape[0], -1)), 1)
-            dx = dx.view(B * N, D)
+            prefix, final = w.prefix.shape[0], self._left(trace.tokens)[-1]
+            share = (dx / (trace.tokens - prefix)).view(B, 1, D)
+            share = share.expand(-1, final - prefix, -1) if trace.size is None else share * trace.size[:, prefix:, None]
+            dx = torch.cat((share.new_zeros(B, prefix, D), share), 1).view(-1, D)
             dx_low = dx.to(w.low)
+        left = [trace.tokens, *self._left(trace.tokens)]
         for number in reversed(range(len(w.blocks))):
-            block, kept = w.blocks[number], trace.saved[number]
+            block, kept, N = w.blocks[number], trace.saved[number], left[number]
             last = bool(R) and number == len(w.blocks) - 1
             if self.memory == "fast":
                 kept = blocks.Saved(*kept)
             else:
-                x, stats = kept
+                x, stats, size = kept
+                given = (block, x, x.to(w.low), stats, N, w.heads)
                 *_, kept = (
-                    blocks.last_forward(block, x, x.to(w.low), stats, N, w.heads, R, self._dot)
+                    blocks.last_forward(*given, R, self._dot, size)
                     if last
-                    else blocks.forward(block, x, x.to(w.low), stats, N, w.heads, self._dot)
+                    else blocks.forward(*given, self._dot, size, w.prefix.shape[0], N - left[number + 1])
                 )
             with span(f"block {number} backward"):
                 if last:
@@ -277,9 +310,11 @@ class SparseViT(nn.Module):
             (B, count) int64, increasing; (B, K) float32.
 
         Raises:
-            ValueError: a model without class token.
+            ValueError: a model without class token, or tokens are merged.
         """
         w = self.weights
+        if trace.size is not None:
+            raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         if not w.has_class_token:
             raise ValueError("this model has no class token, so its patches have no class attention to be ranked by.")
         last, prefix = w.blocks[-1], w.prefix.shape[0]

@@ -194,6 +194,8 @@ class SparseModel:
         if merge_to is not None:
             merge_inside(twin, merge_to)
             self._merges = True
+            if self.vit is not None:
+                self.vit.merge_to = merge_to
 
     def __call__(
         self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
@@ -291,7 +293,8 @@ class SparseModel:
         Args:
             keep: (B, K) int64 patches that are fed, wherever the augmentation moves them; None feeds all.
         """
-        if self.vit is not None and not self._hooks and (not scores or self._ranking == "class_attention"):
+        ranks = self._ranking == "class_attention" and not self._merges
+        if self.vit is not None and not self._hooks and (not scores or ranks):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)
             return found if scores else (found, None)
@@ -355,8 +358,6 @@ class SparseModel:
             *smi_kernels.backends.reasons_against(name, self.device),
             *smi_kernels.unsupported_reasons(self._original),
         ]
-        if self.merge_to is not None:
-            reasons.append("tokens are merged inside the network, which they do not do")
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
         if self._ranking not in ("class_attention", "attention_rollout"):
