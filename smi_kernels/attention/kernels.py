@@ -369,11 +369,11 @@ def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     return _Tile(min(n, 64), n, True, warps, 1)
 
 
-def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool) -> _Tile:
+def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool, sized: bool) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
     narrow = BLOCK_D <= 64
     if dtype.itemsize == 4 or (dtype.itemsize == 8 and n * BLOCK_D > 2048):
-        return _Tile(32, 32 if narrow else 16, False, 8, 1)
+        return _Tile(32, 32 if narrow else 16, False, 8, 1, 255 if sized else None)
     if n > (128 if narrow else 64):
         return _Tile(64, 64, False, 4 if narrow and not norm else 8, 1)
     return _Tile(n, n, True, 8 if n == 128 or not narrow else 4, 1)
@@ -427,7 +427,7 @@ def attention_dx(
     dstats = torch.empty(B * N, H, 2, dtype=colsum.dtype, device=qkv.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
     precision = tuning.dot_precision(precision)
-    tile = _dx_tile(N, BLOCK_D, qkv.dtype, qk_norm is not None)
+    tile = _dx_tile(N, BLOCK_D, qkv.dtype, qk_norm is not None, size is not None)
     args = {
         "qkv_ptr": qkv,
         "d_out_ptr": d_out,
