@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import smi_kernels
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -43,10 +45,11 @@ def count_flops(model: SparseModel, kept: int, batch: int = 1) -> int:
 
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for the CPU's fused attention where this version of torch does not bring its own."""
+    """Formulas for operations of our own, and the CPU's fused attention where torch does not bring one."""
     from torch.utils.flop_counter import flop_registry
 
-    return {op: formula for op, formula in _cpu_attention() if op not in flop_registry}
+    missing = {op: formula for op, formula in _cpu_attention() if op not in flop_registry}
+    return {**missing, **smi_kernels.flop_formulas()}
 
 
 def _cpu_attention() -> Iterator[tuple[Any, Callable[..., int]]]:

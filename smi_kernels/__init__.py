@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smi_kernels.accelerated import accelerate
-    from smi_kernels.api import adam_clamp_, attention_row, l2_norm, select_tokens, tv_l1, tv_l2
+    from smi_kernels.api import (
+        adam_clamp_,
+        attention_row,
+        flop_formulas,
+        l2_norm,
+        match_tokens,
+        merge_tokens,
+        select_tokens,
+        tv_l1,
+        tv_l2,
+    )
     from smi_kernels.attention.reference import received_attention
     from smi_kernels.backends import use_backend
     from smi_kernels.cosine import CosineClassifier
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from smi_kernels.patch_embed.reference import augment, embed_patches, gather_patches, map_cells
     from smi_kernels.pixel_update.reference import patch_mask
     from smi_kernels.profiling import Operation, ceilings, proton, record_operations, timed
-    from smi_kernels.token_merge.reference import match_tokens, merge_counts, merge_tokens
+    from smi_kernels.token_merge.reference import merge_counts
     from smi_kernels.vit import SparseViT
 
 _HOME = {
@@ -37,12 +47,13 @@ _HOME = {
     "augment": "patch_embed.reference",
     "ceilings": "profiling",
     "embed_patches": "patch_embed.reference",
+    "flop_formulas": "api",
     "gather_patches": "patch_embed.reference",
     "l2_norm": "api",
     "map_cells": "patch_embed.reference",
-    "match_tokens": "token_merge.reference",
+    "match_tokens": "api",
     "merge_counts": "token_merge.reference",
-    "merge_tokens": "token_merge.reference",
+    "merge_tokens": "api",
     "patch_mask": "pixel_update.reference",
     "proton": "profiling",
     "received_attention": "attention.reference",
@@ -67,6 +78,7 @@ __all__ = [
     "augment",
     "ceilings",
     "embed_patches",
+    "flop_formulas",
     "gather_patches",
     "l2_norm",
     "map_cells",

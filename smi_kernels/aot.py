@@ -218,7 +218,10 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of an iteration: a ViT of patch 16 at 224 pixels, `kept` patches of each of `batch` images."""
+    """Sizes of an iteration: a ViT of patch 16 at 224 pixels, `kept` patches of each of `batch` images.
+
+    With `merges` also an iteration that merges half of the patches.
+    """
 
     width: int
     heads: int
@@ -226,22 +229,23 @@ class Workload:
     kept: int
     precision: Any
     options: tuple[tuple[str, Any], ...] = ()
+    merges: bool = False
 
 
 # The first `_FEW` meet every shipped tile in every arithmetic, and every GELU; all of them the widths of DeiT-Ti, -S,
 # -B and ViT-L too.
 WORKLOADS = [
-    Workload(192, 3, 128, 46, "bf16"),
+    Workload(192, 3, 128, 46, "bf16", merges=True),
     Workload(384, 6, 128, 46, "bf16"),
     Workload(1280, 16, 2, 95, "fp16"),
-    Workload(768, 12, 128, 196, "tf32"),
+    Workload(768, 12, 128, 196, "tf32", merges=True),
     Workload(384, 6, 32, 46, "fp32"),
     Workload(192, 3, 2, 46, "tf32"),
     Workload(384, 6, 128, 46, "bf16", (("act_layer", "quick_gelu"), ("pre_norm", True))),
     Workload(384, 6, 128, 46, "bf16", (("act_layer", "gelu_tanh"), ("global_pool", "map"), ("class_token", False))),
-    Workload(768, 12, 32, 196, "bf16", (("qk_norm", True),)),
-    Workload(1024, 16, 128, 137, "bf16"),
-    Workload(768, 12, 32, 196, "fp32"),
+    Workload(768, 12, 32, 196, "bf16", (("qk_norm", True),), merges=True),
+    Workload(1024, 16, 128, 137, "bf16", merges=True),
+    Workload(768, 12, 32, 196, "fp32", merges=True),
 ]
 _FEW = 8
 # What is left of a matrix kernel where the vendor's library makes the product: by what operands and sums are.
@@ -259,7 +263,7 @@ def _run(w: Workload) -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    options = {"embed_dim": w.width, "depth": 2, "num_heads": w.heads, **dict(w.options)}
+    options = {"embed_dim": w.width, "depth": 3 if w.merges else 2, "num_heads": w.heads, **dict(w.options)}
     with torch.device("meta"):
         vit = smi_kernels.SparseViT.from_timm(timm.VisionTransformer(**options), w.precision)
     images, keep = empty(w.batch, 3, 224, 224), empty(w.batch, w.kept, dtype=torch.int64)
@@ -276,6 +280,11 @@ def _run(w: Workload) -> None:
         descent = smi_kernels.PixelDescent(vit, images, targets, table, low=empty(3), high=empty(3), loss=loss)
         descent.prune(keep)
         descent.advance(1)
+
+    if w.merges:
+        vit.merge_to = 0.5
+        trace = vit.run(images, keep, None)
+        vit.backward_of(trace, trace.parts.sum(0))
 
     d_patches = empty(w.batch, w.kept, 3 * 16 * 16)
     patches_to_pixels(d_patches, keep, table[0], 224, 224, 16, 16)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,71 @@ def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
         )
     row: Tensor = torch.ops.smi.attention_row(query, key, scale)
     return row
+
+
+def match_tokens(key: Tensor, prefix: int, fewer: int) -> Tensor:
+    """Which tokens become one: bipartite soft matching (Bolya et al., "Token Merging", ICLR 2023, section 3).
+
+    Patch tokens are split in even and odd by their order. Every even one is paired with the odd one whose key, averaged
+    over heads, has the greatest cosine to its own, and the `fewer` most alike pairs become one token each, or one
+    token of several where they share the odd one. What is left keeps its order; a merged token stands where its odd one
+    stood. Of equals the lower index counts as the more alike.
+
+    Args:
+        key: (B, N, H, d) floating, as it enters attention; compared in float32 (float64 for float64).
+        prefix: first tokens of each image that are never merged.
+        fewer: tokens to merge, 0 to half the patch tokens, rounded down.
+
+    Returns:
+        (B, N) int64, for each token its place among the N - fewer that are left. Not differentiable.
+
+    Raises:
+        ValueError: `fewer` out of range.
+    """
+    patches = key.shape[1] - prefix
+    if not 0 <= fewer <= patches // 2:
+        raise ValueError(f"fewer is {fewer}; expected 0 to {patches // 2}, half of {patches} patch tokens.")
+    target: Tensor = torch.ops.smi.match_tokens(key.detach(), None, 0.0, prefix, fewer)
+    return target
+
+
+def merge_tokens(x: Tensor, size: Tensor | None, target: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Means of the tokens that become one, weighted by how many patches went into each already.
+
+    Args:
+        x: (B, N, D) floating; differentiable, and summed in float32 (float64 for float64).
+        size: (B, N) float32 (float64 for float64), patches in each token; None for one in each.
+        target: (B, N) int64 of `match_tokens`.
+        left: tokens of each image afterwards.
+
+    Returns:
+        (B, left, D), dtype of `x`; (B, left) float32 (float64 for float64), the sums of `size`.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.ndim != 3 or target.shape != x.shape[:2] or (size is not None and size.shape != target.shape):
+        sizes = None if size is None else tuple(size.shape)
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, size {sizes} and target {tuple(target.shape)}; expected (B, N, D) and "
+            f"(B, N) twice."
+        )
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    out, _, _, total = torch.ops.smi.merge_tokens(wide, size, target, left, wide.dtype)
+    return out.view(x.shape[0], left, x.shape[2]).to(x.dtype), total
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Operator -> formula of shapes, as `torch.utils.flop_counter.FlopCounterMode` wants for its ``custom_mapping``.
+
+    Of the operators that `smi_kernels.match_tokens` and the like run inside a model's own modules.
+    """
+
+    def matching(key: Any, _norm: Any, _eps: float, prefix: int, fewer: int, *_: Any, **__: Any) -> int:
+        patches = key[1] - prefix
+        return int(2 * key[0] * ((patches + 1) // 2) * (patches // 2) * key[3]) if fewer else 0
+
+    return {torch.ops.smi.match_tokens: matching}
 
 
 def adam_clamp_(

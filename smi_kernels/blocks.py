@@ -27,6 +27,8 @@ class Saved(NamedTuple):
         x_mid_low, moments_mid: stream between attention and MLP, and its moments.
         u: pre-activation of the MLP.
         query: (B R, D) of a last block.
+        size: (B, N) patches in each token in front of the block, None for one in each.
+        target, merged_size: (B, N) int64 and (B, N') of a block that merges, between attention and MLP.
     """
 
     x_low: Tensor
@@ -36,20 +38,37 @@ class Saved(NamedTuple):
     moments_mid: Tensor
     u: Tensor
     query: Tensor | None = None
+    size: Tensor | None = None
+    target: Tensor | None = None
+    merged_size: Tensor | None = None
 
 
 def forward(
-    w: Folded, x: Tensor, x_low: Tensor, stats: Tensor, tokens: int, heads: int, dot: str, by: Tensor | None = None
+    w: Folded,
+    x: Tensor,
+    x_low: Tensor,
+    stats: Tensor,
+    tokens: int,
+    heads: int,
+    dot: str,
+    by: Tensor | None = None,
+    size: Tensor | None = None,
+    prefix: int = 0,
+    fewer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """``x, x_low, stats`` behind a block, and what its backward needs; `by` are the `rotary.angles`, if it has any."""
+    """``x, x_low, stats`` behind a block that merges `fewer` tokens of each image, and what its backward needs.
+
+    `by` are the `rotary.angles`, if it has any.
+    """
     ops = torch.ops.smi
     D = x.shape[1]
     qkv, moments = ops.norm_linear(x_low, stats, *w.qkv, w.eps[0], x_low.dtype, dot)
     parts = qkv.view(-1, tokens, 3, heads, D // heads)
     if by is not None:
         rotary.turn_(parts[:, :, :2], by)
-    out = ops.attention(parts, w.qk_norm, w.qk_eps, dot_precision(dot))
-    return _rest(w, out.view(-1, D), x, dot, x_low, moments, qkv, None)
+    out = ops.attention(parts, w.qk_norm, w.qk_eps, dot_precision(dot), size)
+    target = ops.match_tokens(parts[:, :, 1], w.qk_norm, w.qk_eps, prefix, fewer) if fewer else None
+    return _rest(w, out.view(-1, D), x, dot, Saved(x_low, moments, qkv, x, x, x, None, size, target), tokens - fewer)
 
 
 def last_forward(
@@ -62,6 +81,7 @@ def last_forward(
     first: int,
     dot: str,
     by: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """As `forward`, for the `first` tokens of each image alone, the only ones that the head reads: (B first, D).
 
@@ -76,8 +96,9 @@ def last_forward(
     parts = kv.view(-1, tokens, 2, heads, D // heads)
     if by is not None:
         rotary.turn_(parts[:, :, :1], by)
-    out = ops.class_attention(query.view(-1, first, heads, D // heads), parts, w.qk_norm, w.qk_eps)
-    return _rest(w, out.view(-1, D), _first(x, tokens, first), dot, x_low, moments, kv, query)
+    out = ops.class_attention(query.view(-1, first, heads, D // heads), parts, w.qk_norm, w.qk_eps, size)
+    x = _first(x, tokens, first)
+    return _rest(w, out.view(-1, D), x, dot, Saved(x_low, moments, kv, x, x, x, query, size), first)
 
 
 def pool_forward(
@@ -91,15 +112,17 @@ def pool_forward(
     out = ops.class_attention(
         query.view(-1, 1, pool.heads, D // pool.heads), kv.view(-1, tokens, 2, pool.heads, D // pool.heads), None, 0.0
     )
-    return _rest(w, out.view(-1, D), x.new_zeros(query.shape), dot, x_low, moments, kv, query)
+    x = x.new_zeros(query.shape)
+    return _rest(w, out.view(-1, D), x, dot, Saved(x_low, moments, kv, x, x, x, query), 1)
 
 
-def _rest(
-    w: Folded, out: Tensor, x: Tensor, dot: str, x_low: Tensor, moments: Tensor, qkv: Tensor, query: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """From the attention's output to the end of the block."""
+def _rest(w: Folded, out: Tensor, x: Tensor, dot: str, saved: Saved, left: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """From the attention's output to the end of the block, with `left` tokens of each image behind a merging."""
     ops = torch.ops.smi
     x_mid, x_mid_low, stats_mid = ops.linear_residual(out, w.proj.weight, w.proj.bias, x, dot)
+    merged_size = None
+    if saved.target is not None:
+        x_mid, x_mid_low, stats_mid, merged_size = ops.merge_tokens(x_mid, saved.size, saved.target, left, out.dtype)
     x_mid_low = low_of(x_mid, x_mid_low)
     if w.activation == SWIGLU:
         u, moments_mid = ops.norm_linear(x_mid_low, stats_mid, *w.fc1, w.eps[1], x_mid_low.dtype, dot)
@@ -108,7 +131,8 @@ def _rest(
     else:
         u, activation, moments_mid = ops.norm_linear_gelu(x_mid_low, stats_mid, *w.fc1, w.eps[1], dot, w.activation)
     x, low, stats = ops.linear_residual(activation, w.fc2.weight, w.fc2.bias, x_mid, dot)
-    return x, low_of(x, low), stats, Saved(x_low, moments, qkv, x_mid_low, moments_mid, u, query)
+    saved = saved._replace(x_mid_low=x_mid_low, moments_mid=moments_mid, u=u, merged_size=merged_size)
+    return x, low_of(x, low), stats, saved
 
 
 def backward(
@@ -120,7 +144,7 @@ def backward(
     dx, d_out = _rest_dx(w, saved, dx, dx_low, dot)
     qkv = saved.qkv.view(-1, tokens, 3, heads, D // heads)
     dqkv, dstats = ops.attention_dx(
-        qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot)
+        qkv, d_out.view(-1, tokens, D), w.qk_norm, w.qk_eps, w.qkv.colsum, w.qkv.bias, dot_precision(dot), saved.size
     )
     if by is not None:
         rotary.turn_dx_(dqkv[:, :, :2], by, dstats, w.qkv.colsum[: 2 * D], w.qkv.bias[: 2 * D])
@@ -157,6 +181,7 @@ def last_backward(
         query.bias,
         kv.colsum,
         kv.bias,
+        saved.size,
     )
     if by is not None:
         rotary.turn_dx_(d_kv[:, :, :1], by, dstats, kv.colsum[:D], kv.bias[:D])
@@ -200,6 +225,8 @@ def _rest_dx(w: Folded, saved: Saved, dx: Tensor, dx_low: Tensor, dot: str) -> t
     else:
         du, dstats = ops.linear_gelu_dx(dx_low, w.fc2.weight, saved.u, w.fc1.colsum, w.fc1.bias, dot, w.activation)
     dx, dx_low = ops.norm_linear_dx(du, w.fc1.weight, dstats, saved.x_mid_low, saved.moments_mid, dx, None, 1, 1, dot)
+    if saved.target is not None:
+        dx, dx_low = ops.merge_tokens_dx(dx, saved.size, saved.target, saved.merged_size, dx_low.dtype)
     return dx, ops.linear_dx(low_of(dx, dx_low), w.proj.weight, w.proj.weight.dtype, dot)
 
 

@@ -16,30 +16,30 @@ from smi_kernels.linear.reference import gelu_slope, gradient_sums
 
 
 def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, qk_norm, ctx.eps, ctx.precision = inputs
-    ctx.save_for_backward(qkv, qk_norm)
+    qkv, qk_norm, ctx.eps, ctx.precision, size = inputs
+    ctx.save_for_backward(qkv, qk_norm, size)
 
 
 def _attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-    qkv, qk_norm = ctx.saved_tensors
+    qkv, qk_norm, size = ctx.saved_tensors
     unused = torch.zeros(qkv[0, 0].numel(), dtype=_wide(qkv.dtype), device=qkv.device)
-    dqkv, _ = torch.ops.smi.attention_dx(qkv, d_out.contiguous(), qk_norm, ctx.eps, unused, unused, ctx.precision)
-    return dqkv, None, None, None
+    dqkv, _ = torch.ops.smi.attention_dx(qkv, d_out.contiguous(), qk_norm, ctx.eps, unused, unused, ctx.precision, size)
+    return dqkv, None, None, None, None
 
 
 def _class_attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, kv, qk_norm, ctx.eps = inputs
-    ctx.save_for_backward(query, kv, qk_norm)
+    query, kv, qk_norm, ctx.eps, size = inputs
+    ctx.save_for_backward(query, kv, qk_norm, size)
 
 
 def _class_attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-    query, kv, qk_norm = ctx.saved_tensors
+    query, kv, qk_norm, size = ctx.saved_tensors
     unused = torch.zeros(kv[0, 0].numel(), dtype=_wide(kv.dtype), device=kv.device)
     half = unused[: unused.numel() // 2]
     d_query, d_kv, _ = torch.ops.smi.class_attention_dx(
-        query, kv, d_out.contiguous(), qk_norm, ctx.eps, half, half, unused, unused
+        query, kv, d_out.contiguous(), qk_norm, ctx.eps, half, half, unused, unused, size
     )
-    return d_query, d_kv, None, None
+    return d_query, d_kv, None, None, None
 
 
 def _embed_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -100,6 +100,19 @@ def _linear_residual(ctx: Any, dx: Tensor, dx_low: Tensor, _: Tensor) -> tuple[A
     return da, None, None, dx, None
 
 
+def _merge_tokens_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, size, target, *_ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(size, target, output[3])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _merge_tokens(ctx: Any, dx: Tensor, dx_low: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    size, target, total = ctx.saved_tensors
+    dx, _ = torch.ops.smi.merge_tokens_dx(_joined(dx, dx_low).contiguous(), size, target, total, ctx.dtype)
+    return dx, *[None] * 4
+
+
 def _prior_sums_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -114,6 +127,7 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "class_attention": (_class_attention, _class_attention_saved),
     "embed_tokens": (_embed, _embed_saved),
     "linear_residual": (_linear_residual, _linear_residual_saved),
+    "merge_tokens": (_merge_tokens, _merge_tokens_saved),
     "norm_linear": (_norm_linear, _norm_linear_saved),
     "norm_linear_gelu": (_norm_linear_gelu, _norm_linear_gelu_saved),
     "prior_sums": (_prior_sums, _prior_sums_saved),

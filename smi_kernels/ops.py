@@ -124,24 +124,30 @@ def _(query, key, scale):
     return query.new_empty(key.shape[0], key.shape[2], dtype=_wide(query.dtype))
 
 
-@_define("attention", "attention(Tensor qkv, Tensor? qk_norm, float eps, str precision) -> Tensor")
-def _(qkv, qk_norm, eps, precision):
+@_define(
+    "attention",
+    "attention(Tensor qkv, Tensor? qk_norm, float eps, str precision, Tensor? size=None) -> Tensor",
+)
+def _(qkv, qk_norm, eps, precision, size=None):
     B, N, _, H, d = qkv.shape
     return qkv.new_empty(B, N, H * d)
 
 
 @_define(
     "attention",
-    "attention_dx(Tensor qkv, Tensor d_out, Tensor? qk_norm, float eps, Tensor colsum, Tensor bias, str precision)"
-    " -> (Tensor, Tensor)",
+    "attention_dx(Tensor qkv, Tensor d_out, Tensor? qk_norm, float eps, Tensor colsum, Tensor bias, str precision,"
+    " Tensor? size=None) -> (Tensor, Tensor)",
 )
-def _(qkv, d_out, qk_norm, eps, colsum, bias, precision):
+def _(qkv, d_out, qk_norm, eps, colsum, bias, precision, size=None):
     B, N, _, H, d = qkv.shape
     return torch.empty_like(qkv), colsum.new_empty(B * N, H, 2)
 
 
-@_define("attention", "class_attention(Tensor query, Tensor kv, Tensor? qk_norm, float eps) -> Tensor")
-def _(query, kv, qk_norm, eps):
+@_define(
+    "attention",
+    "class_attention(Tensor query, Tensor kv, Tensor? qk_norm, float eps, Tensor? size=None) -> Tensor",
+)
+def _(query, kv, qk_norm, eps, size=None):
     B, R, H, d = query.shape
     return query.new_empty(B, R, H * d)
 
@@ -149,11 +155,36 @@ def _(query, kv, qk_norm, eps):
 @_define(
     "attention",
     "class_attention_dx(Tensor query, Tensor kv, Tensor d_out, Tensor? qk_norm, float eps, Tensor q_colsum,"
-    " Tensor q_bias, Tensor kv_colsum, Tensor kv_bias) -> (Tensor, Tensor, Tensor)",
+    " Tensor q_bias, Tensor kv_colsum, Tensor kv_bias, Tensor? size=None) -> (Tensor, Tensor, Tensor)",
 )
-def _(query, kv, d_out, qk_norm, eps, q_colsum, q_bias, kv_colsum, kv_bias):
+def _(query, kv, d_out, qk_norm, eps, q_colsum, q_bias, kv_colsum, kv_bias, size=None):
     B, N, _, H, d = kv.shape
     return query.new_empty(query.shape), torch.empty_like(kv), q_colsum.new_empty(B * N, H, 2)
+
+
+@_define("token_merge", "match_tokens(Tensor key, Tensor? norm, float eps, SymInt prefix, SymInt fewer) -> Tensor")
+def _(key, norm, eps, prefix, fewer):
+    return key.new_empty(key.shape[:2], dtype=torch.int64)
+
+
+@_define(
+    "token_merge",
+    "merge_tokens(Tensor x, Tensor? size, Tensor target, SymInt left, ScalarType low)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _(x, size, target, left, low):
+    B, D = target.shape[0], x.shape[1]
+    out = x.new_empty(B * left, D)
+    return out, _low(out, low), x.new_empty(B * left, _chunks(D), 2), x.new_empty(B, left)
+
+
+@_define(
+    "token_merge",
+    "merge_tokens_dx(Tensor dx, Tensor? size, Tensor target, Tensor total, ScalarType low) -> (Tensor, Tensor)",
+)
+def _(dx, size, target, total, low):
+    out = dx.new_empty(target.numel(), dx.shape[1])
+    return out, _low(out, low)
 
 
 @_define(

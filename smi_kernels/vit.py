@@ -20,6 +20,7 @@ from smi_kernels.attention.reference import received
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import row_statistics
 from smi_kernels.marks import span
+from smi_kernels.token_merge.reference import merge_counts
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Memory = Literal["fast", "small"]
@@ -27,7 +28,7 @@ _LOW = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f
 
 
 _NORMED, _READ = 3, 5  # tensors that a LayerNorm of all tokens keeps, and a head
-_FIRST = 2 + 2 * _NORMED + _READ
+_FIRST = 3 + 2 * _NORMED + _READ
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trace:
         query, key: (B, H, d) and (B, N, H, d), whose attention ranks patches: of the class token or the pooling's query
             to the tokens; or of all tokens to each other, (B, N, H, d) both. Before any query and key norm.
         tokens: N.
+        size: (B, N') patches in each token of the last block, None for one in each.
     """
 
     parts: Tensor
@@ -54,20 +56,28 @@ class Trace:
     query: Tensor | None
     key: Tensor | None
     tokens: int
+    size: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None]:
         """All that `SparseViT.backward` reads, as one list."""
-        return [self.parts, self.places, *self.normed, *self.read, *(tensor for kept in self.saved for tensor in kept)]
+        return [
+            self.parts,
+            self.places,
+            self.size,
+            *self.normed,
+            *self.read,
+            *(tensor for kept in self.saved for tensor in kept),
+        ]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], weights: VitWeights, tokens: int) -> Trace:
         """The trace of a network with `weights` whose `tensors` these are, but for what only `rank` reads."""
-        parts, places, *around = tensors[:_FIRST]
+        parts, places, size, *around = tensors[:_FIRST]
         each = (len(tensors) - _FIRST) // (len(weights.blocks) + (weights.pool is not None))
         saved = [tuple(tensors[i : i + each]) for i in range(_FIRST, len(tensors), each)]
         assert parts is not None
         read = heads.Read(*around[2 * _NORMED :])  # type: ignore[arg-type]
-        return cls(parts, saved, around[: 2 * _NORMED], read, places, None, None, tokens)
+        return cls(parts, saved, around[: 2 * _NORMED], read, places, None, None, tokens, size)
 
 
 class SparseViT(nn.Module):
@@ -91,19 +101,29 @@ class SparseViT(nn.Module):
     Attributes:
         ranking: ``class_attention``, or ``attention_pool``, that of an attention pooling's query, or
             ``received_attention``, what each patch receives from all tokens in the last block.
+        merge_to: share of the fed patches that merging of alike tokens inside the blocks leaves in front of the last
+            one (Bolya et al., "Token Merging", ICLR 2023, section 3; see `smi_kernels.merge_counts`); may be set,
+            but not between a forward and its backward. None and 1 merge nothing.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, attention asked while tokens are merged, or more to
+            merge than the blocks can.
     """
 
     def __init__(
-        self, weights: VitWeights, precision: Precision = "fp32", memory: Memory = "fast", batch_invariant: bool = False
+        self,
+        weights: VitWeights,
+        precision: Precision = "fp32",
+        memory: Memory = "fast",
+        batch_invariant: bool = False,
+        merge_to: float | None = None,
     ) -> None:
         super().__init__()
         self.weights = weights
         self.precision = precision
         self.memory = memory
         self.batch_invariant = batch_invariant
+        self.merge_to = merge_to
         self._dot = ("tf32" if precision == "tf32" else "ieee") + (tuning.INVARIANT if batch_invariant else "")
 
     @classmethod
@@ -114,6 +134,7 @@ class SparseViT(nn.Module):
         *,
         memory: Memory = "fast",
         batch_invariant: bool = False,
+        merge_to: float | None = None,
         device: str | torch.device | None = None,
     ) -> SparseViT:
         """Fold the weights of a timm ``VisionTransformer``, which is not modified.
@@ -125,6 +146,7 @@ class SparseViT(nn.Module):
             memory: ``fast`` keeps 18 bytes times width per token and block in 16 bits; ``small`` keeps each block's
                 input alone and computes the rest again in the backward.
             batch_invariant: one tile for every batch size, so that an image's bits do not depend on its batch.
+            merge_to: see the attribute.
             device: where to; default where the model is.
 
         Raises:
@@ -141,7 +163,7 @@ class SparseViT(nn.Module):
         dtype = torch.float64 if first.dtype == torch.float64 and precision == "fp32" else _LOW[precision]
         to = torch.device(device) if device is not None else first.device
         weights = fold(model, dtype, to, tf32=precision == "tf32")
-        return cls(weights, precision, memory, batch_invariant)
+        return cls(weights, precision, memory, batch_invariant, merge_to)
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, jitter: Tensor | None = None, class_attention: bool = False
@@ -182,20 +204,25 @@ class SparseViT(nn.Module):
         if w.norm_pre is not None:
             x, normed[:_NORMED] = heads.normalise(w.norm_pre, x)
             x_low, stats = x.to(w.low), row_statistics(x)
-        places = self._places(images, keep, offsets)
-        for number, block in enumerate(w.blocks):
-            before, by = (x, stats), self._turns(number, places)
+        places, fed, prefix, size = self._places(images, keep, offsets), N, w.prefix.shape[0], None
+        for number, (block, left) in enumerate(zip(w.blocks, self._left(N), strict=True)):
+            before, by = (x, stats, size), self._turns(number, places)
             with span(f"block {number} forward"):
                 if R and number == len(w.blocks) - 1:
-                    x, x_low, stats, kept = blocks.last_forward(block, x, x_low, stats, N, w.heads, R, self._dot, by)
+                    x, x_low, stats, kept = blocks.last_forward(
+                        block, x, x_low, stats, N, w.heads, R, self._dot, by, size
+                    )
                 else:
-                    x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, N, w.heads, self._dot, by)
+                    x, x_low, stats, kept = blocks.forward(
+                        block, x, x_low, stats, N, w.heads, self._dot, by, size, prefix, N - left
+                    )
+                    N, size = left, size if kept.merged_size is None else kept.merged_size
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
         query, key = self._ranked_by(kept, w.heads, N)
         if w.pool is not None:
             x, stats = self._pooled(x, N), self._pooled(stats, N)
-            x_low, before = x.to(w.low), (x, stats)
+            x_low, before = x.to(w.low), (x, stats, None)
             x, x_low, stats, kept = blocks.pool_forward(w.pool, x, x_low, stats, N - w.pool_skips, self._dot)
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
@@ -203,10 +230,11 @@ class SparseViT(nn.Module):
         elif not R:
             if w.norm_last is not None:
                 x, normed[_NORMED:] = heads.normalise(w.norm_last, x)
-            x = self._pooled(x, N).view(B, N - w.pool_skips, D).mean(1)
+            x = self._pooled(x, N).view(B, N - w.pool_skips, D)
+            x = x.mean(1) if size is None else (x * size[:, w.pool_skips :, None]).sum(1) / (fed - w.pool_skips)
             x_low, stats = x.to(w.low), row_statistics(x)
         parts, read = heads.forward(w, x_low.view(B, R or 1, D), stats.view(B, R or 1, *stats.shape[1:]), self._dot)
-        return Trace(parts, saved, normed if trace else [], read, places, query, key, N)
+        return Trace(parts, saved, normed if trace else [], read, places, query, key, fed, size)
 
     def _pooled(self, rows: Tensor, tokens: int) -> Tensor:
         """Of (B N, ...) rows those of the tokens that are pooled."""
@@ -240,7 +268,7 @@ class SparseViT(nn.Module):
         """What a part's backward needs; under the small memory plan `again` computes it from input and statistics."""
         if self.memory == "fast":
             return blocks.Saved(*kept)
-        x, stats = kept
+        x, stats, _ = kept
         made: blocks.Saved = again(part, x, x.to(self.weights.low), stats, *rest)[-1]
         return made
 
@@ -249,6 +277,17 @@ class SparseViT(nn.Module):
         if self.weights.pool is not None:
             return "attention_pool"
         return "class_attention" if self.weights.has_class_token else "received_attention"
+
+    def _left(self, tokens: int) -> list[int]:
+        """Tokens behind each block, prefix among them, of so many in front of the first."""
+        prefix, depth = self.weights.prefix.shape[0], len(self.weights.blocks)
+        if self.merge_to is None:
+            return [tokens] * depth
+        if self.weights.pool is not None or self.weights.rotary is not None:
+            raise ValueError(
+                "tokens are not merged in front of attention pooling, or where rotary positions turn them."
+            )
+        return [prefix + left for left in merge_counts(tokens - prefix, depth, self.merge_to)]
 
     def backward(self, trace: Trace, d_logits: Tensor, dstats: Tensor, scale: Tensor | None = None) -> Tensor:
         """Gradient with respect to the pixels of the fed patches.
@@ -263,7 +302,8 @@ class SparseViT(nn.Module):
         Returns:
             (B, K, C * height * width) in the wide dtype, patches in the order of `keep`.
         """
-        w, N, saved = self.weights, trace.tokens, list(trace.saved)
+        w, saved, left = self.weights, list(trace.saved), [trace.tokens, *self._left(trace.tokens)]
+        N = left[-1]
         B, D, R = d_logits.shape[0], w.width, w.head_tokens
         dx, dx_low = heads.backward(w, trace.read, d_logits, dstats, self._dot)
         dx, dx_low = dx.view(-1, D), dx_low.view(-1, D)
@@ -275,7 +315,8 @@ class SparseViT(nn.Module):
                     dx, _ = blocks.pool_backward(w.pool, kept, dx, dx_low, n, self._dot)
                 dx = dx.view(B, n, D)
             else:
-                dx = (dx / n).view(B, 1, D).expand(-1, n, -1)
+                dx = (dx / (trace.tokens - w.pool_skips)).view(B, 1, D)
+                dx = dx.expand(-1, n, -1) if trace.size is None else dx * trace.size[:, w.pool_skips :, None]
             dx = torch.cat((dx.new_zeros(B, w.pool_skips, D), dx), 1).view(B * N, D)
             if w.norm_last is not None:
                 dx = heads.normalise_dx(w.norm_last, trace.normed[_NORMED:], dx)
@@ -284,11 +325,12 @@ class SparseViT(nn.Module):
             block, last = w.blocks[number], bool(R) and number == len(w.blocks) - 1
             run: Callable[..., tuple[Any, ...]] = blocks.last_forward if last else blocks.forward
             back: Callable[..., tuple[Tensor, Tensor]] = blocks.last_backward if last else blocks.backward
-            sizes = (N, w.heads, *((R,) if last else ()), self._dot)
-            by = self._turns(number, trace.places)
-            kept = self._kept(saved[number], run, block, *sizes, by)
+            N, by = left[number], self._turns(number, trace.places)
+            sizes = (N, w.heads, *((R,) if last else ()), self._dot, by)
+            merging = (saved[number][-1], *(() if last else (w.prefix.shape[0], N - left[number + 1])))
+            kept = self._kept(saved[number], run, block, *sizes, *merging)
             with span(f"block {number} backward"):
-                dx, dx_low = back(block, kept, dx, dx_low.view(-1, D), *sizes, by)
+                dx, dx_low = back(block, kept, dx, dx_low.view(-1, D), *sizes)
         if w.norm_pre is not None:
             dx_low = heads.normalise_dx(w.norm_pre, trace.normed[:_NORMED], dx).to(w.low)
         patches: Tensor = torch.ops.smi.embed_tokens_dx(
@@ -325,8 +367,13 @@ class SparseViT(nn.Module):
 
         Returns:
             (B, count) int64, increasing; (B, K) float32.
+
+        Raises:
+            ValueError: tokens are merged.
         """
         w, last = self.weights, self.weights.blocks[-1]
+        if trace.size is not None:
+            raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         assert trace.query is not None and trace.key is not None
         if self.ranking == "received_attention":
             scores = received(trace.query, trace.key, last.qk_norm, last.qk_eps)[:, w.prefix.shape[0] :].contiguous()

@@ -26,7 +26,7 @@ SHORT = {"iterations": 5, "prune_at": (2, 4), "prune_ratio": (0.3, 0.5)}  # inte
 
 def fused(model: Any, backend: str, **options: Any) -> SparseModel:
     """The model on fused operations, be they kernels or their references."""
-    sparse = SparseModel(model, backend="reference")
+    sparse = SparseModel(model, backend="reference", merge_to=options.get("merge_to"))
     sparse.vit = SparseViT.from_timm(model, **options)
     sparse.backend = backend
     return sparse

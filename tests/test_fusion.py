@@ -1,4 +1,4 @@
-"""Tokens merged inside timm's blocks: against a slow loop, exact where it must be, through pool, plan and report."""
+"""Tokens merged inside the network: against a slow loop, exact where it must be, fused, through pool and report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from kernels import BACKENDS, DEVICE
 from small import CLASSES, SEMANTICS, one_thread, randomise, tiny  # noqa: F401
+from test_fused_inversion import compare, fused, in_graphs
+from test_vit import gradient
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +22,7 @@ import smi
 from smi import Config, Inversion, SmiError, SparseModel
 from smi.cli import app
 from smi.flops import count_flops
-from smi_kernels import match_tokens, merge_counts, merge_tokens
+from smi_kernels import SparseViT, match_tokens, merge_counts, merge_tokens, use_backend
 
 FUSION = Config(strategy="fusion", merge_to=0.25, iterations=8, learning_rate=0.05, eps=1e-4, tv2=1e-2, snapshots=4)
 KINDS: dict[str, dict[str, Any]] = {
@@ -32,11 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def deep(**options: Any) -> Any:
-    return tiny(**{"depth": 4, **options}).double()
+    return tiny(**{"depth": 4, **options}).double().to(DEVICE)
+
+
+def merging(model: Any, merge_to: float) -> SparseModel:
+    """On timm's modules."""
+    return SparseModel(model, merge_to=merge_to, backend="reference")
 
 
 def images(count: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 # --- the slow loop ---
@@ -86,13 +94,13 @@ def slow_logits(model: Any, image: Tensor, left: tuple[int, ...]) -> Tensor:
 def test_merging_is_that_of_the_slow_loop(kind: str, merge_to: float) -> None:
     if kind == "distilled":
         small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": CLASSES}
-        model = randomise(VisionTransformerDistilled(**small)).double()
+        model = randomise(VisionTransformerDistilled(**small)).double().to(DEVICE)
     else:
         model = deep(**KINDS[kind])
     left = {0.25: (12, 8, 4, 4), 0.7: (15, 13, 11, 11)}[merge_to]
     assert merge_counts(16, 4, merge_to) == left
     x = images(3)
-    found, _ = SparseModel(model, merge_to=merge_to).feed(x)
+    found, _ = merging(model, merge_to).feed(x)
     with torch.no_grad():
         expected = torch.stack([slow_logits(model, image, left) for image in x])
         unmerged = model(x)
@@ -117,7 +125,7 @@ def test_ties_go_to_the_lower_index_and_a_token_may_take_in_several() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_nothing_is_timm_bit_for_bit(kind: str) -> None:
     model = deep(**KINDS[kind])
-    assert torch.equal(SparseModel(model, merge_to=1.0).feed(images())[0], model(images()))
+    assert torch.equal(merging(model, 1.0).feed(images())[0], model(images()))
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers", "mean"])
@@ -128,9 +136,9 @@ def test_merged_duplicates_change_nothing(kind: str) -> None:
         model.pos_embed[:, model.pos_embed.shape[1] - 16 :] = model.pos_embed[:, -1:]
     patches = images(2)[:, :, :, :8].unflatten(2, (4, 4)).unflatten(4, (2, 4))  # b, c, row, y, column, x
     doubled = patches.repeat_interleave(2, 4).flatten(4, 5).flatten(2, 3)
-    found, _ = SparseModel(model, merge_to=0.5).feed(doubled)
+    found, _ = merging(model, 0.5).feed(doubled)
     torch.testing.assert_close(found, model(doubled), rtol=1e-10, atol=1e-10)
-    other, _ = SparseModel(model, merge_to=0.5).feed(images(2))
+    other, _ = merging(model, 0.5).feed(images(2))
     assert (other - model(images(2))).abs().max() > 1e-3
 
 
@@ -139,7 +147,7 @@ def test_merged_duplicates_change_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "mean"])
 def test_gradient_reaches_every_pixel_as_finite_differences_say(kind: str) -> None:
-    sparse = SparseModel(deep(**KINDS[kind]), merge_to=0.25)
+    sparse = merging(deep(**KINDS[kind]), 0.25)
     x = images(2, seed=3).requires_grad_()
     (grad,) = torch.autograd.grad(sparse.feed(x)[0].square().sum(), x)
     assert (grad != 0).all()
@@ -187,15 +195,16 @@ def test_inversion_moves_all_pixels_and_repeats(semantics: Any) -> None:
     torch.testing.assert_close(found.logits, merged.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
-    every = smi.invert(deep(), [0, 3, 1], FUSION)
-    alone = smi.invert(deep(), [3], FUSION, indices=[1])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_image_does_not_depend_on_its_batch(backend: str) -> None:
+    every = smi.invert(deep(), [0, 3, 1], FUSION, backend=backend)
+    alone = smi.invert(deep(), [3], FUSION, indices=[1], backend=backend)
     torch.testing.assert_close(alone.images, every.images[1:2], rtol=0, atol=1e-6)
 
 
 def test_first_iteration_is_adam_on_the_gradient_through_the_merges() -> None:
     model, config = deep(), FUSION.replace(iterations=1, jitter="none", flip=False, tv2=0.0)
-    inversion = Inversion(model, [2, 4], config)
+    inversion = Inversion(model, [2, 4], config, backend="reference")
     x = inversion.images.clone().requires_grad_()
     left = merge_counts(16, 4, 0.25)
     logits = torch.stack([slow_logits(model, image, left) for image in x])
@@ -205,6 +214,54 @@ def test_first_iteration_is_adam_on_the_gradient_through_the_merges() -> None:
     low, high = (bound.view(-1, 1, 1) for bound in (inversion._low, inversion._high))
     expected = torch.maximum(torch.minimum(expected, high), low)
     torch.testing.assert_close(inversion.run().images, expected.float(), rtol=0, atol=1e-5)
+
+
+# --- on fused operations ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["plain", "registers", "norms", "mean"])
+def test_fused_network_merges_as_timms_does(kind: str, backend: str) -> None:
+    if DEVICE == "cpu" and backend == "triton" and kind in ("plain", "registers"):
+        pytest.skip("two ways through the interpreter are enough; on a GPU all are run")
+    model, x = deep(depth=3, **KINDS[kind]), images(2, seed=1)
+    expected = gradient(lambda x: merging(model, 0.4).feed(x)[0], x)
+    for memory in ("fast", "small") if backend == "reference" else ("fast",):
+        vit = SparseViT.from_timm(model, merge_to=0.4, memory=memory)
+        with use_backend(backend):
+            found = gradient(vit, x)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_fed_patches_alone_are_merged() -> None:
+    """The share is of the patches fed; their cells are what counts, wherever the augmentation moved them."""
+    model, keep = deep(), torch.tensor([[0, 3, 4, 7, 8, 9, 12, 15], [1, 2, 3, 4, 5, 6, 7, 8]]).to(DEVICE)
+    jitter = torch.tensor([[4, -8, 1], [0, 4, 0]]).to(DEVICE)
+    expected, _ = merging(model, 0.5).feed(images(), keep, jitter)
+    with use_backend("reference"):
+        found = SparseViT.from_timm(model, merge_to=0.5)(images(), keep, jitter)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_iterations_are_those_of_the_ordinary_loop(backend: str) -> None:
+    model = deep(depth=2)  # 16 patches in front of the first block, 8 of the second
+    config = FUSION.replace(merge_to=0.5, iterations=2 if backend == "triton" else 8)
+    networks = fused(model, backend, merge_to=0.5), merging(model, 0.5)
+    runs = [Inversion(network, [3] if backend == "triton" else [0, 3], config) for network in networks]
+    assert [run.fused for run in runs] == [True, False]
+    compare(*(run.run() for run in runs))
+
+
+def test_merging_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body of a graph makes the host wait for nothing, and a replay is the iterations."""
+    model = deep()
+    expected = Inversion(fused(model, "reference", merge_to=0.25), [0, 3], FUSION).run()
+    inversion = Inversion(fused(model, "reference", merge_to=0.25), [0, 3], FUSION)
+    in_graphs(inversion, monkeypatch)
+    found = inversion.run()
+    assert torch.equal(found.images, expected.images) and torch.equal(found.logits, expected.logits)
 
 
 # --- through the command line ---
@@ -251,9 +308,9 @@ def test_what_fusion_cannot_do_is_said() -> None:
         SparseModel(tiny(depth=4, class_token=False, global_pool="map"), merge_to=0.5)
     with pytest.raises(SmiError, match="scores of patches are not to be had while tokens are merged"):
         SparseModel(deep(), merge_to=0.5).feed(images(), scores=True)
+    with pytest.raises(ValueError, match="tokens are merged, so patches have no attention"):
+        SparseViT.from_timm(deep(), merge_to=0.5)(images(), class_attention=True)
     with pytest.raises(SmiError, match="attention maps are not to be had"):
         SparseModel(deep(), merge_to=0.5).attention_maps(images())
-    with pytest.raises(SmiError, match=r"backend 'cpu' cannot run .*tokens are merged inside the network"):
-        SparseModel(deep(), merge_to=0.5, backend="cpu")
     with pytest.raises(ValueError, match="fewer is 4; expected 0 to 3, half of 7 patch tokens"):
         match_tokens(torch.ones(1, 8, 2, 3), 1, 4)

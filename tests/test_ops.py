@@ -54,6 +54,7 @@ def samples(low: torch.dtype) -> dict[str, list[tuple[tuple[Any, ...], dict[str,
     )
     adam = {"step": 2, "lr": 0.1, "beta1": 0.5, "beta2": 0.99, "eps": 1e-8, "low": -wi(C).abs(), "high": wi(C).abs()}
     qkv, kv, query = lo(B, N, 3, H, D_HEAD), lo(B, N, 2, H, D_HEAD), lo(B, 1, H, D_HEAD)
+    size, target = wi(B, N).abs() + 0.5, integers([0, 1, 1, 1, 2], [0, 1, 2, 2, 2])
     step = (4, adam["lr"], 0.5, 0.99, 1e-8)
     found: dict[str, list[tuple[Any, ...]]] = {
         "select_tokens": [(wi(B, K), KEEP, 2)],
@@ -65,10 +66,17 @@ def samples(low: torch.dtype) -> dict[str, list[tuple[tuple[Any, ...], dict[str,
         "embed_tokens_dx": [(lo(B, 2 + K, D), lo(D, C * 16), 2, s, "ieee") for s in (None, wi(B))],
         "patches_to_pixels": [(d_patches, KEEP, OFFSETS, 8, 16, 4, 4)],
         "attention_row": [(query[:, 0], lo(B, H, N, D_HEAD), 0.3)],
-        "attention": [(qkv, n, 1e-6, "ieee") for n in (None, norm)],
-        "attention_dx": [(qkv, lo(B, N, D), n, 1e-6, wi(3 * D), wi(3 * D), "ieee") for n in (None, norm)],
-        "class_attention": [(query, kv, n, 1e-6) for n in (None, norm)],
-        "class_attention_dx": [(query, kv, lo(B, 1, D), None, 1e-6, wi(D), wi(D), wi(2 * D), wi(2 * D))],
+        "attention": [(qkv, n, 1e-6, "ieee", s) for n, s in ((None, None), (norm, size))],
+        "attention_dx": [
+            (qkv, lo(B, N, D), n, 1e-6, wi(3 * D), wi(3 * D), "ieee", s) for n, s in ((None, None), (norm, size))
+        ],
+        "class_attention": [(query, kv, n, 1e-6, s) for n, s in ((None, None), (norm, size))],
+        "class_attention_dx": [
+            (query, kv, lo(B, 1, D), None, 1e-6, wi(D), wi(D), wi(2 * D), wi(2 * D), s) for s in (None, size)
+        ],
+        "match_tokens": [(qkv[:, :, 1], n, 1e-6, 1, 2) for n in (None, norm)],
+        "merge_tokens": [(x, s, target, 3, low) for s in (None, size)],
+        "merge_tokens_dx": [(wi(B * 3, D), s, target, wi(B, 3).abs() + 1, low) for s in (None, size)],
         "norm_linear": [(x.to(low), stats, *layer, 1e-6, out, "ieee") for out in (low, wide)],
         "norm_linear_gelu": [(x.to(low), stats, *layer, 1e-6, "ieee", kind) for kind in ("erf", "tanh", "sigmoid")],
         "linear_residual": [(lo(M, OUT), lo(D, OUT), wi(D), x, "ieee")],

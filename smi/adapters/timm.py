@@ -195,6 +195,8 @@ class SparseModel:
         if merge_to is not None:
             merge_inside(twin, merge_to)
             self._merges = True
+            if self.vit is not None:
+                self.vit.merge_to = merge_to
 
     def __call__(
         self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
@@ -299,7 +301,8 @@ class SparseModel:
             watched: whether `features` are wanted, if any are watched: only the model's own modules have them.
         """
         watched = watched and bool(self._hooks)
-        if self.vit is not None and not watched and (not scores or self._ranking == self.vit.ranking):
+        ranks = self.vit is not None and self._ranking == self.vit.ranking and not self._merges
+        if self.vit is not None and not watched and (not scores or ranks):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)
             return found if scores else (found, None)
@@ -363,8 +366,6 @@ class SparseModel:
             *smi_kernels.backends.reasons_against(name, self.device),
             *smi_kernels.unsupported_reasons(self.original),
         ]
-        if self.merge_to is not None:
-            reasons.append("tokens are merged inside the network, which they do not do")
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
         theirs = self._resolve_ranking("auto")

@@ -51,11 +51,8 @@ class Merging:
         if not fewer:
             return x
         assert key is not None
-        size = self.size
-        if size is None:
-            size = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
         target = smi_kernels.match_tokens(key.transpose(1, 2), self.prefix, fewer)
-        x, self.size = smi_kernels.merge_tokens(x, size, target, left)
+        x, self.size = smi_kernels.merge_tokens(x, self.size, target, left)
         return x
 
 

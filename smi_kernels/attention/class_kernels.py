@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smi_kernels.attention.rows import load_rows, normed, pairs, store_gradient, store_rows
+from smi_kernels.attention.rows import load_rows, normed, pairs, sized, store_gradient, store_rows
 from smi_kernels.launch import launch
 from smi_kernels.tiles import compute_type, wait_for_previous
 
@@ -42,11 +42,13 @@ def class_attention_kernel(
     query_ptr,  # (B, R, H, D)
     kv_ptr,  # (B, N, 2, H, D)
     qk_norm_ptr,  # (2, 2, D) or unused
+    size_ptr,  # (B, N) or unused
     out_ptr,  # (B, R, H, D)
     EPS,
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -56,6 +58,8 @@ def class_attention_kernel(
     wait_for_previous()
     image = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    if HAS_SIZE:
+        size_ptr += image * N
     part = H * D
     query_ptr += image * R * part + head * D
     out_ptr += image * R * part + head * D
@@ -72,7 +76,7 @@ def class_attention_kernel(
         k = load_rows(k_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(k_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
         k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], _products(q, k), float("-inf"))
+        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
         higher = tl.maximum(highest, tl.max(s, axis=1))
         p = tl.exp(s - higher[:, None])
         shrink = tl.exp(highest - higher)
@@ -89,6 +93,7 @@ def class_attention_dx_kernel(
     kv_ptr,  # (B, N, 2, H, D)
     d_out_ptr,  # (B, R, H, D)
     qk_norm_ptr,  # (2, 2, D) or unused
+    size_ptr,  # (B, N) or unused
     q_colsum_ptr,  # (H, D)
     q_bias_ptr,  # (H, D)
     kv_colsum_ptr,  # (2, H, D)
@@ -100,6 +105,7 @@ def class_attention_dx_kernel(
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -109,6 +115,8 @@ def class_attention_dx_kernel(
     wait_for_previous()
     image = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    if HAS_SIZE:
+        size_ptr += image * N
     part = H * D
     query_ptr += image * R * part + head * D
     d_out_ptr += image * R * part + head * D
@@ -131,7 +139,7 @@ def class_attention_dx_kernel(
         k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D, AGAIN=True)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D, AGAIN=True).to(COMPUTE)
         k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], _products(q, k), float("-inf"))
+        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
         higher = tl.maximum(highest, tl.max(s, axis=1))
         p = tl.exp(s - higher[:, None])
         shrink = tl.exp(highest - higher)
@@ -148,7 +156,7 @@ def class_attention_dx_kernel(
         k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
         k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], _products(q, k), float("-inf"))
+        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
         p = tl.exp(s - highest[:, None]) * share[:, None]
         ds = p * (_products(d_out, v) - delta[:, None])
         dq += _combined(ds, k)
@@ -172,7 +180,9 @@ def class_attention_dx_kernel(
     tl.store(pairs(dstats_ptr, queries, H * 2), q_sums)
 
 
-def class_attention(query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float) -> Tensor:
+def class_attention(
+    query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float, size: Tensor | None = None
+) -> Tensor:
     query, kv = query.contiguous(), kv.contiguous()
     B, R, H, D = query.shape
     out = torch.empty(B, R, H * D, dtype=query.dtype, device=query.device)
@@ -180,11 +190,13 @@ def class_attention(query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: floa
         "query_ptr": query,
         "kv_ptr": kv,
         "qk_norm_ptr": qk_norm,
+        "size_ptr": size if size is None else size.contiguous(),
         "out_ptr": out,
         "EPS": eps,
         "N": kv.shape[1],
         "H": H,
         "HAS_NORM": qk_norm is not None,
+        "HAS_SIZE": size is not None,
         "COMPUTE": compute_type(query.dtype),
         "R": R,
         "D": D,
@@ -204,6 +216,7 @@ def class_attention_dx(
     q_bias: Tensor,
     kv_colsum: Tensor,
     kv_bias: Tensor,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, kv, d_out = query.contiguous(), kv.contiguous(), d_out.contiguous()
     B, R, H, D = query.shape
@@ -216,6 +229,7 @@ def class_attention_dx(
         "kv_ptr": kv,
         "d_out_ptr": d_out,
         "qk_norm_ptr": qk_norm,
+        "size_ptr": size if size is None else size.contiguous(),
         "q_colsum_ptr": q_colsum,
         "q_bias_ptr": q_bias,
         "kv_colsum_ptr": kv_colsum,
@@ -227,6 +241,7 @@ def class_attention_dx(
         "N": N,
         "H": H,
         "HAS_NORM": qk_norm is not None,
+        "HAS_SIZE": size is not None,
         "COMPUTE": compute_type(query.dtype),
         "R": R,
         "D": D,

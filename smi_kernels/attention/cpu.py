@@ -1,6 +1,6 @@
 """Attention on compiled operators; signatures and meanings as in ``reference.py``.
 
-With norms of queries and keys the reference computes it.
+With norms of queries and keys, or with sizes of tokens, the reference computes it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return row
 
 
-def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
+def attention(
+    qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee", size: Tensor | None = None
+) -> Tensor:
     """As `smi_kernels.attention.reference.attention`."""
-    if qk_norm is not None or not native.takes(qkv.dtype):
-        return reference.attention(qkv, qk_norm, eps, precision)
+    if qk_norm is not None or size is not None or not native.takes(qkv.dtype):
+        return reference.attention(qkv, qk_norm, eps, precision, size)
     B, N, _, H, d = qkv.shape
     native.expect(qkv=(qkv, (B, N, 3, H, d)))
     out = qkv.new_empty(B, N, H * d)
@@ -46,10 +48,12 @@ def attention_dx(
     colsum: Tensor,
     bias: Tensor,
     precision: str = "ieee",
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `smi_kernels.attention.reference.attention_dx`."""
-    if qk_norm is not None or not native.takes(qkv.dtype, d_out.dtype, colsum.dtype, bias.dtype):
-        return reference.attention_dx(qkv, d_out, qk_norm, eps, colsum, bias, precision)
+    dtypes = (qkv.dtype, d_out.dtype, colsum.dtype, bias.dtype)
+    if qk_norm is not None or size is not None or not native.takes(*dtypes):
+        return reference.attention_dx(qkv, d_out, qk_norm, eps, colsum, bias, precision, size)
     B, N, _, H, d = qkv.shape
     native.expect(
         qkv=(qkv, (B, N, 3, H, d)),
@@ -65,10 +69,12 @@ def attention_dx(
     return dqkv, dstats
 
 
-def class_attention(query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float) -> Tensor:
+def class_attention(
+    query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float, size: Tensor | None = None
+) -> Tensor:
     """As `smi_kernels.attention.reference.class_attention`."""
-    if qk_norm is not None or not native.takes(query.dtype, kv.dtype):
-        return reference.class_attention(query, kv, qk_norm, eps)
+    if qk_norm is not None or size is not None or not native.takes(query.dtype, kv.dtype):
+        return reference.class_attention(query, kv, qk_norm, eps, size)
     (B, R, H, d), N = query.shape, kv.shape[1]
     native.expect(kv=(kv, (B, N, 2, H, d)))
     out = query.new_empty(B, R, H * d)
@@ -86,11 +92,13 @@ def class_attention_dx(
     q_bias: Tensor,
     kv_colsum: Tensor,
     kv_bias: Tensor,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `smi_kernels.attention.reference.class_attention_dx`."""
     constants = (q_colsum, q_bias, kv_colsum, kv_bias)
-    if qk_norm is not None or not native.takes(query.dtype, kv.dtype, d_out.dtype, *(t.dtype for t in constants)):
-        return reference.class_attention_dx(query, kv, d_out, qk_norm, eps, *constants)
+    dtypes = (query.dtype, kv.dtype, d_out.dtype, *(t.dtype for t in constants))
+    if qk_norm is not None or size is not None or not native.takes(*dtypes):
+        return reference.class_attention_dx(query, kv, d_out, qk_norm, eps, *constants, size)
     (B, R, H, d), N = query.shape, kv.shape[1]
     native.expect(
         kv=(kv, (B, N, 2, H, d)),

@@ -17,7 +17,16 @@ from torch import Tensor
 from smi_kernels import tuning
 from smi_kernels.attention.class_kernels import class_attention, class_attention_dx
 from smi_kernels.attention.row import attention_row
-from smi_kernels.attention.rows import load_keys, load_rows, load_transposed, normed, pairs, store_gradient, store_rows
+from smi_kernels.attention.rows import (
+    load_keys,
+    load_rows,
+    load_transposed,
+    normed,
+    pairs,
+    sized,
+    store_gradient,
+    store_rows,
+)
 from smi_kernels.launch import launch
 from smi_kernels.tiles import compute_type, dot, wait_for_previous
 
@@ -25,9 +34,10 @@ __all__ = ["attention", "attention_dx", "attention_row", "class_attention", "cla
 
 
 @triton.jit
-def _scores(q, kt, keys, N, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
-    """(queries, keys) tile of q @ k^T; keys beyond the last token get no share of a softmax."""
+def _scores(q, kt, size_ptr, keys, N, HAS_SIZE: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+    """(queries, keys) tile of q @ k^T + log size; keys beyond the last token get no share of a softmax."""
     s = dot(q, kt, tl.zeros((q.shape[0], kt.shape[1]), COMPUTE), PRECISION)
+    s = sized(s, size_ptr, keys, N, HAS_SIZE)
     return tl.where((keys < N)[None, :], s, float("-inf"))
 
 
@@ -35,11 +45,13 @@ def _scores(q, kt, keys, N, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
 def attention_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     qk_norm_ptr,  # (2, 2, D) or unused
+    size_ptr,  # (B, N) or unused
     out_ptr,  # (B, N, H, D)
     EPS,
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -53,6 +65,8 @@ def attention_kernel(
     pid = tl.program_id(0)
     head = pid // blocks % H
     first_row = (pid // blocks // H).to(tl.int64) * N
+    if HAS_SIZE:
+        size_ptr += first_row
     stride_n = 3 * H * D
     q_ptr = qkv_ptr + first_row * stride_n + head * D
     k_ptr = q_ptr + H * D
@@ -68,7 +82,7 @@ def attention_kernel(
         keys = start + tl.arange(0, BLOCK_N)
         kt = load_keys(k_ptr, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D)
         v = load_rows(v_ptr, keys, N, stride_n, D, BLOCK_D)
-        s = _scores(q, kt, keys, N, PRECISION, COMPUTE)
+        s = _scores(q, kt, size_ptr, keys, N, HAS_SIZE, PRECISION, COMPUTE)
         higher = tl.maximum(highest, tl.max(s, axis=1))
         p = tl.exp(s - higher[:, None])
         if not WHOLE:
@@ -87,6 +101,7 @@ def attention_dx_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     d_out_ptr,  # (B, N, H, D)
     qk_norm_ptr,  # (2, 2, D) or unused
+    size_ptr,  # (B, N) or unused
     colsum_ptr,  # (3, H, D)
     bias_ptr,  # (3, H, D)
     dqkv_ptr,  # (B, N, 3, H, D)
@@ -95,6 +110,7 @@ def attention_dx_kernel(
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
@@ -105,6 +121,8 @@ def attention_dx_kernel(
     pid = tl.program_id(0)
     head = pid % H
     first_row = (pid // H).to(tl.int64) * N
+    if HAS_SIZE:
+        size_ptr += first_row
     stride_n = 3 * H * D
     part = H * D
     qkv_ptr += first_row * stride_n + head * D
@@ -123,7 +141,7 @@ def attention_dx_kernel(
 
     # Each gradient leaves as soon as it is known, so that few tiles are alive at a time.
     nothing = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-    s = _scores(q, kt, rows, N, PRECISION, COMPUTE)
+    s = _scores(q, kt, size_ptr, rows, N, HAS_SIZE, PRECISION, COMPUTE)
     p = tl.exp(s - tl.max(s, axis=1)[:, None])
     p *= (1.0 / tl.sum(p, axis=1))[:, None]
     dv = dot(tl.trans(p.to(q.dtype)), d_out, nothing, PRECISION)
@@ -155,6 +173,7 @@ def attention_long_dx_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     d_out_ptr,  # (B, N, H, D)
     qk_norm_ptr,  # (2, 2, D) or unused
+    size_ptr,  # (B, N) or unused
     colsum_ptr,  # (3, H, D)
     bias_ptr,  # (3, H, D)
     dqkv_ptr,  # (B, N, 3, H, D)
@@ -164,6 +183,7 @@ def attention_long_dx_kernel(
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
@@ -175,6 +195,8 @@ def attention_long_dx_kernel(
     pid = tl.program_id(0)
     head = pid % H
     first_row = (pid // H).to(tl.int64) * N
+    if HAS_SIZE:
+        size_ptr += first_row
     qkv_ptr += first_row * (3 * H * D) + head * D
     d_out_ptr += first_row * (H * D) + head * D
     dqkv_ptr += first_row * (3 * H * D) + head * D
@@ -183,15 +205,15 @@ def attention_long_dx_kernel(
     bias_ptr += head * D
     softmax_ptr += pid.to(tl.int64) * 3 * N
     _queries_dx(
-        qkv_ptr, d_out_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
-        EPS, N, H, HAS_NORM, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        qkv_ptr, d_out_ptr, qk_norm_ptr, size_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
+        EPS, N, H, HAS_NORM, HAS_SIZE, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # What follows reads what other threads of this program, and no other program, wrote to dstats and softmax. A
     # barrier of the program orders global memory among its threads.
     tl.debug_barrier()
     _keys_dx(
-        qkv_ptr, d_out_ptr, qk_norm_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
-        EPS, N, H, HAS_NORM, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        qkv_ptr, d_out_ptr, qk_norm_ptr, size_ptr, colsum_ptr, bias_ptr, dqkv_ptr, dstats_ptr, softmax_ptr,
+        EPS, N, H, HAS_NORM, HAS_SIZE, PRECISION, COMPUTE, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -200,6 +222,7 @@ def _queries_dx(
     qkv_ptr,  # (N, 3, H, D) of one image, at the columns of one head; the others likewise
     d_out_ptr,
     qk_norm_ptr,
+    size_ptr,
     colsum_ptr,
     bias_ptr,
     dqkv_ptr,
@@ -209,6 +232,7 @@ def _queries_dx(
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
@@ -232,7 +256,7 @@ def _queries_dx(
             keys = start + tl.arange(0, BLOCK_N)
             kt = load_keys(k_ptr, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D)
             vt = load_transposed(v_ptr, keys, N, stride_n, D, BLOCK_D)
-            s = _scores(q, kt, keys, N, PRECISION, COMPUTE)
+            s = _scores(q, kt, size_ptr, keys, N, HAS_SIZE, PRECISION, COMPUTE)
             higher = tl.maximum(highest, tl.max(s, axis=1))
             p = tl.exp(s - higher[:, None])
             shrink = tl.exp(highest - higher)
@@ -248,7 +272,7 @@ def _queries_dx(
             k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D)
             k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D)
             vt = load_transposed(v_ptr, keys, N, stride_n, D, BLOCK_D)
-            s = _scores(q, tl.trans(k), keys, N, PRECISION, COMPUTE)
+            s = _scores(q, tl.trans(k), size_ptr, keys, N, HAS_SIZE, PRECISION, COMPUTE)
             p = tl.exp(s - highest[:, None]) * share[:, None]
             dp = dot(d_out, vt, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
             dq = dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, PRECISION)
@@ -267,6 +291,7 @@ def _keys_dx(
     qkv_ptr,  # (N, 3, H, D) of one image, at the columns of one head; the others likewise
     d_out_ptr,
     qk_norm_ptr,
+    size_ptr,
     colsum_ptr,
     bias_ptr,
     dqkv_ptr,
@@ -276,6 +301,7 @@ def _keys_dx(
     N,
     H,
     HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
@@ -302,6 +328,7 @@ def _keys_dx(
             share = tl.load(softmax_ptr + N + rows, mask=rows < N, other=0.0)
             delta = tl.load(softmax_ptr + 2 * N + rows, mask=rows < N, other=0.0)
             s = dot(q, kt, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+            s = sized(s, size_ptr, keys, N, HAS_SIZE)
             p = tl.exp(s - highest[:, None]) * share[:, None]
             dv = dot(tl.trans(p.to(q.dtype)), d_out, dv, PRECISION)
             dp = dot(d_out, vt, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
@@ -345,17 +372,19 @@ def _forward_tile(N: int, BLOCK_D: int, dtype: torch.dtype) -> _Tile:
     return _Tile(min(n, 64), n, True, warps, 1)
 
 
-def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool) -> _Tile:
+def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool, sized: bool) -> _Tile:
     n = max(16, triton.next_power_of_2(N))
     narrow = BLOCK_D <= 64
     if dtype.itemsize == 4 or (dtype.itemsize == 8 and n * BLOCK_D > 2048):
-        return _Tile(32, 32 if narrow else 16, False, 8, 1)
+        return _Tile(32, 32 if narrow else 16, False, 8, 1, 255 if sized else None)
     if n > (128 if narrow else 64):
         return _Tile(64, 64, False, 4 if narrow and not norm else 8, 1)
     return _Tile(n, n, True, 8 if n == 128 or not narrow else 4, 1)
 
 
-def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
+def attention(
+    qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee", size: Tensor | None = None
+) -> Tensor:
     qkv = qkv.contiguous()
     B, N, _, H, D = qkv.shape
     out = torch.empty(B, N, H * D, dtype=qkv.dtype, device=qkv.device)
@@ -365,11 +394,13 @@ def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = 
     args = {
         "qkv_ptr": qkv,
         "qk_norm_ptr": qk_norm,
+        "size_ptr": size if size is None else size.contiguous(),
         "out_ptr": out,
         "EPS": eps,
         "N": N,
         "H": H,
         "HAS_NORM": qk_norm is not None,
+        "HAS_SIZE": size is not None,
         "WHOLE": tile.whole,
         "PRECISION": precision,
         "COMPUTE": compute_type(qkv.dtype),
@@ -391,6 +422,7 @@ def attention_dx(
     colsum: Tensor,
     bias: Tensor,
     precision: str = "ieee",
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     B, N, _, H, D = qkv.shape
@@ -398,11 +430,12 @@ def attention_dx(
     dstats = torch.empty(B * N, H, 2, dtype=colsum.dtype, device=qkv.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
     precision = tuning.dot_precision(precision)
-    tile = _dx_tile(N, BLOCK_D, qkv.dtype, qk_norm is not None)
+    tile = _dx_tile(N, BLOCK_D, qkv.dtype, qk_norm is not None, size is not None)
     args = {
         "qkv_ptr": qkv,
         "d_out_ptr": d_out,
         "qk_norm_ptr": qk_norm,
+        "size_ptr": size if size is None else size.contiguous(),
         "colsum_ptr": colsum,
         "bias_ptr": bias,
         "dqkv_ptr": dqkv,
@@ -411,6 +444,7 @@ def attention_dx(
         "N": N,
         "H": H,
         "HAS_NORM": qk_norm is not None,
+        "HAS_SIZE": size is not None,
         "PRECISION": precision,
         "COMPUTE": compute_type(qkv.dtype),
         "D": D,

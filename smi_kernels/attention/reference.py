@@ -41,7 +41,9 @@ def received(query: Tensor, key: Tensor, qk_norm: Tensor | None, eps: float) -> 
     return received_attention(*_normed(q, k, qk_norm, eps, query.dtype), 1.0)
 
 
-def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee") -> Tensor:
+def attention(
+    qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee", size: Tensor | None = None
+) -> Tensor:
     """Multi-head self-attention ``softmax(q @ k^T) @ v`` of every token of an image to all of them.
 
     Scores and softmax are in float32, probabilities are rounded to the dtype of `qkv` before they meet the values.
@@ -52,12 +54,14 @@ def attention(qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = 
             of the keys, both rounded to the dtype of `qkv` again; None for no norm.
         eps: of those norms.
         precision: how kernels multiply float32 matrices, "ieee" or "tf32"; means nothing here.
+        size: (B, N) float32 (float64 for float64), how often each token counts as a key: its log is added to the
+            scores (Bolya et al., "Token Merging", ICLR 2023, section 3, proportional attention). None for once.
 
     Returns:
         (B, N, H * d), dtype of `qkv`.
     """
     q, k, v = _heads(qkv, qk_norm, eps)
-    probabilities = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+    probabilities = _probabilities(q, k, size)
     out = _rounded(probabilities, qkv.dtype) @ v
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)
 
@@ -70,11 +74,12 @@ def attention_dx(
     colsum: Tensor,
     bias: Tensor,
     precision: str = "ieee",
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `attention` with respect to `qkv`, and its row sums for the norm before the layer that made `qkv`.
 
     Args:
-        qkv, qk_norm, eps, precision: of `attention`.
+        qkv, qk_norm, eps, precision, size: of `attention`; `size` is a constant.
         d_out: (B, N, H * d), dtype of `qkv`.
         colsum, bias: (3 * H * d) float32, of the `norm_linear` that made `qkv`.
 
@@ -86,7 +91,7 @@ def attention_dx(
     B, N, _, H, d = qkv.shape
     q, k, v = _heads(qkv, qk_norm, eps)
     d_heads = _wide(d_out).view(B, N, H, d).transpose(1, 2)
-    probabilities = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+    probabilities = _probabilities(q, k, size)
     d_scores = _rounded(_softmax_dx(probabilities, d_heads @ v.transpose(-2, -1)), qkv.dtype)
     dq = d_scores @ k
     dk = d_scores.transpose(-2, -1) @ q
@@ -98,19 +103,21 @@ def attention_dx(
     return dqkv, _gradient_sums(dqkv, qkv, colsum, bias).flatten(0, 1)
 
 
-def class_attention(query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float) -> Tensor:
+def class_attention(
+    query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float, size: Tensor | None = None
+) -> Tensor:
     """`attention` of the few tokens that a classifier reads to all tokens; float32 throughout.
 
     Args:
         query: (B, R, H, d) contiguous, R = 1 or 2, d <= 128; scaled already.
         kv: (B, N, 2, H, d) contiguous, dtype of `query`.
-        qk_norm, eps: as in `attention`.
+        qk_norm, eps, size: as in `attention`.
 
     Returns:
         (B, R, H * d), dtype of `query`.
     """
     q, k, v = _class_heads(query, kv, qk_norm, eps)
-    out = (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    out = _probabilities(q, k, size) @ v
     return out.transpose(1, 2).flatten(2).to(query.dtype)
 
 
@@ -124,11 +131,12 @@ def class_attention_dx(
     q_bias: Tensor,
     kv_colsum: Tensor,
     kv_bias: Tensor,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `class_attention`, and its row sums for the norm before the layer that made `query` and `kv`.
 
     Args:
-        query, kv, qk_norm, eps: of `class_attention`; query r was made from token r < N of its image.
+        query, kv, qk_norm, eps, size: of `class_attention`; query r was made from token r < N of its image.
         d_out: (B, R, H * d), dtype of `query`.
         q_colsum, q_bias: (H * d) float32, of the `norm_linear` that made `query`.
         kv_colsum, kv_bias: (2 * H * d) float32, of the `norm_linear` that made `kv`.
@@ -140,7 +148,7 @@ def class_attention_dx(
     B, R, H, d = query.shape
     q, k, v = _class_heads(query, kv, qk_norm, eps)
     d_heads = _wide(d_out).view(B, R, H, d).transpose(1, 2)
-    probabilities = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+    probabilities = _probabilities(q, k, size)
     d_scores = _softmax_dx(probabilities, d_heads @ v.transpose(-2, -1))
     dq = d_scores @ k
     dk = d_scores.transpose(-2, -1) @ q
@@ -153,6 +161,13 @@ def class_attention_dx(
     dstats = _gradient_sums(d_kv, kv, kv_colsum, kv_bias)
     dstats[:, :R] += _gradient_sums(d_query[:, :, None], query[:, :, None], q_colsum, q_bias)
     return d_query, d_kv, dstats.flatten(0, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    if size is not None:
+        scores = scores + size.to(scores.dtype).log()[:, None, None]
+    return scores.softmax(dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ def load_columns(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def sized(scores, size_ptr, keys, N, HAS_SIZE: tl.constexpr):
+    """(queries, keys) scores plus the log of how often each key counts; `scores` themselves without HAS_SIZE."""
+    if HAS_SIZE:
+        return scores + tl.log(tl.load(size_ptr + keys, mask=keys < N, other=1.0))[None, :]
+    else:
+        return scores
+
+
+@triton.jit
 def pairs(ptr, rows, stride_n):
     """Pointers (rows, 2) to the sums of each row."""
     return ptr + rows[:, None] * stride_n + tl.arange(0, 2)[None, :]

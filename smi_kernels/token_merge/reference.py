@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smi_kernels.linear.reference import row_statistics
+
 
 def merge_counts(tokens: int, blocks: int, merge_to: float) -> tuple[int, ...]:
     """Patch tokens left after each block, as many merged in each, so that the last block reads a share `merge_to`.
@@ -42,53 +44,75 @@ def merge_counts(tokens: int, blocks: int, merge_to: float) -> tuple[int, ...]:
     return (*left[1:], *left[-1:])
 
 
-def match_tokens(key: Tensor, prefix: int, fewer: int) -> Tensor:
-    """Which tokens become one: bipartite soft matching (Bolya et al., ICLR 2023, section 3, equation 1 and its steps).
-
-    Patch tokens are split in even and odd by their order. Every even one is paired with the odd one whose key, averaged
-    over heads, has the greatest cosine to its own, and the `fewer` most alike pairs become one token each, or one
-    token of several where they share the odd one. What is left keeps its order; a merged token stands where its odd one
-    stood. Of equals the lower index counts as the more alike.
+def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewer: int) -> Tensor:
+    """Meaning of `smi_kernels.match_tokens`.
 
     Args:
-        key: (B, N, H, d) floating, as it enters attention; compared in float32 (float64 for float64).
-        prefix: first tokens of each image that are never merged.
-        fewer: tokens to merge, 0 to half the patch tokens, rounded down.
-
-    Returns:
-        (B, N) int64, for each token its place among the N - fewer that are left. Not differentiable.
-
-    Raises:
-        ValueError: `fewer` out of range.
+        norm: (4, d), whose last two rows are weight and bias of a LayerNorm over d of the keys, rounded to their dtype
+            again; None for no norm.
+        eps: of that norm.
     """
     B, N = key.shape[:2]
-    if not 0 <= fewer <= (N - prefix) // 2:
-        raise ValueError(f"fewer is {fewer}; expected 0 to {(N - prefix) // 2}, half of {N - prefix} patch tokens.")
-    with torch.no_grad():
-        metric = key.to(torch.promote_types(key.dtype, torch.float32)).mean(2)
-        metric = F.normalize(metric, dim=-1)
-        best, partner = (metric[:, prefix::2] @ metric[:, prefix + 1 :: 2].mT).max(2)
-        going = best.argsort(dim=1, descending=True, stable=True)[:, :fewer]
-        gone = torch.zeros(B, N, dtype=torch.bool, device=key.device).scatter(1, prefix + 2 * going, True)
-        place = (~gone).cumsum(1) - 1
-        into = place.gather(1, prefix + 1 + 2 * partner.gather(1, going))
-        return place.scatter(1, prefix + 2 * going, into)
+    wide = key.to(torch.promote_types(key.dtype, torch.float32))
+    if norm is not None:
+        wide = F.layer_norm(wide, wide.shape[3:], norm[2].to(wide), norm[3].to(wide), eps)
+        wide = wide.to(key.dtype).to(wide.dtype)
+    direction = F.normalize(wide.mean(2), dim=-1)
+    likeness = direction[:, prefix::2] @ direction[:, prefix + 1 :: 2].mT
+    best, partner = likeness.nan_to_num(nan=-2.0).max(2) if fewer else (likeness.new_zeros(B, 0),) * 2
+    going = best.argsort(dim=1, descending=True, stable=True)[:, :fewer]
+    gone = torch.zeros(B, N, dtype=torch.bool, device=key.device).scatter(1, prefix + 2 * going, True)
+    place = (~gone).cumsum(1) - 1
+    into = place.gather(1, prefix + 1 + 2 * partner.long().gather(1, going))
+    return place.scatter(1, prefix + 2 * going, into)
 
 
-def merge_tokens(x: Tensor, size: Tensor, target: Tensor, left: int) -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    x: Tensor, size: Tensor | None, target: Tensor, left: int, low: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means of the tokens that become one, weighted by how many patches went into each already.
 
     Args:
-        x: (B, N, D) floating; differentiable, and summed in float32 (float64 for float64).
-        size: (B, N) float32 (float64 for float64), patches in each token.
+        x: (B N, D) float32 (float64 for float64).
+        size: (B, N), dtype of `x`, patches in each token; None for one in each.
         target: (B, N) int64 of `match_tokens`.
-        left: tokens afterwards.
+        left: tokens of each image afterwards.
+        low: dtype of matrix operands.
 
     Returns:
-        (B, left, D), dtype of `x`; (B, left), the sums of `size`.
+        (B left, D), dtype of `x`; the same in `low`, empty if that is the same dtype; its `row_statistics`; and
+        (B, left), the sums of `size`.
     """
-    B, _, D = x.shape
-    total = size.new_zeros(B, left).scatter_add(1, target, size)
-    share = size / total.gather(1, target)
-    sums = share.new_zeros(B, left, D).scatter_add(1, target[..., None].expand(-1, -1, D), x * share[..., None])
-    return sums.to(x.dtype), total
+    (B, N), D = target.shape, x.shape[1]
+    size, total, share = _shares(x, size, target, left)
+    spread = target[..., None].expand(-1, -1, D)
+    out = x.new_zeros(B, left, D).scatter_add(1, spread, x.view(B, N, D) * share[..., None]).view(-1, D)
+    return out, out.new_empty(0, dtype=low) if low == x.dtype else out.to(low), row_statistics(out), total
+
+
+def merge_tokens_dx(
+    dx: Tensor, size: Tensor | None, target: Tensor, total: Tensor, low: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `merge_tokens` with respect to its `x`: each token gets its share of what it went into.
+
+    Args:
+        dx: (B left, D) float32 (float64 for float64).
+        size, target, low: of `merge_tokens`.
+        total: (B, left), which that gave.
+
+    Returns:
+        (B N, D), dtype of `dx`; the same in `low`, empty if that is the same dtype.
+    """
+    B, left = total.shape
+    D = dx.shape[1]
+    _, _, share = _shares(dx, size, target, left)
+    gathered = dx.view(B, left, D).gather(1, target[..., None].expand(-1, -1, D))
+    out = (gathered * share[..., None]).view(-1, D)
+    return out, out.new_empty(0, dtype=low) if low == dx.dtype else out.to(low)
+
+
+def _shares(x: Tensor, size: Tensor | None, target: Tensor, left: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) sizes, (B, left) their sums, and (B, N) what part of its sum each is."""
+    size = torch.ones_like(target, dtype=x.dtype) if size is None else size
+    total = size.new_zeros(target.shape[0], left).scatter_add(1, target, size)
+    return size, total, size / total.gather(1, target)
