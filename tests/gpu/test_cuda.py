@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -405,3 +409,23 @@ def test_a_sparse_model_on_the_operators() -> None:
     images = torch.randn(2, 3, 224, 224, device="cuda")
     twin = smi.SparseModel(deit("deit_tiny_patch16_224"), backend="triton")
     assert torch.equal(model.feed(images, kept(2, 46))[0], twin.feed(images, kept(2, 46))[0])
+
+
+def test_dependent_launch_changes_no_bit(tmp_path: Path) -> None:
+    """Each kernel waits for those before it: a missing wait shows here, or in repetition."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("dependent launch needs compute capability 9.0")
+    script = (
+        "import sys, torch, smi; from smi.embedded import load_teacher; "
+        "config = smi.preset('demo').replace(iterations=60, prune_at=(8, 24, 40, 52)); "
+        "found = [smi.invert(load_teacher(), list(range(10)), config, device='cuda').images for _ in range(3)]; "
+        "torch.save(torch.stack(found).cpu(), sys.argv[1])"
+    )
+    made = []
+    for pdl in ("0", "1"):
+        file = tmp_path / pdl
+        environment = {**os.environ, "SMI_PDL": pdl}
+        subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
+        made.append(torch.load(file, weights_only=True))
+    for again in made[1]:
+        assert torch.equal(again, made[0][0])
