@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.timing import environment
 from smi.adapters.timm import resolve_device
-from smi.pool import atomic_write
+from smi.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 MINUTES, QUICK_MINUTES = 8.7, 1.9

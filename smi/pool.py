@@ -10,10 +10,8 @@ The rename of a finished shard is the commit point: a batch without a shard has 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import importlib.metadata
 import io
@@ -21,7 +19,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,12 +33,12 @@ from torch import Tensor
 from smi._version import __version__
 from smi.config import Config
 from smi.errors import SmiError
+from smi.files import TEMP, atomic_write, check_inside, read_bytes, remove_temps, sync_folder, writing
 from smi.state import ModelInfo, Phase, Result, WorkPlan
 
 FORMAT, FORMAT_VERSION = "smi-pool", 1
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _PICTURE = re.compile(r"\d{6,}_[a-z0-9-]+\.png")
-_TEMP = re.compile(r"\.smi-tmp-[0-9a-f]{8}-.+")
 _DTYPES = {
     "images": torch.float32,
     "keep": torch.int64,
@@ -51,6 +48,9 @@ _DTYPES = {
     "logits": torch.float32,
     "snapshots": torch.uint8,
 }
+_LARGEST_MANIFEST = 1 << 28  # bytes: of some ten million images
+# What readers of damaged bytes raise: safetensors and torch have errors of their own, JSON may hold infinity and depth.
+_DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 _Plain = TypeVar("_Plain", ModelInfo, WorkPlan, Phase)
 
 
@@ -82,12 +82,12 @@ class PoolWriter:
     ) -> None:
         self.path, self.info, self.config, self.plan = Path(path), info, config.resolved(), plan
         try:
-            _check_plan(info, plan)
+            check_plan(info, plan)
         except ValueError as error:
             raise SmiError(f"no pool can be made: {error}.") from None
         with writing(self.path):
             os.makedirs(self.path, exist_ok=True)
-            files = [file for file in os.listdir(self.path) if not _TEMP.fullmatch(file) and file != "workers"]
+            files = [file for file in os.listdir(self.path) if not TEMP.fullmatch(file) and file != "workers"]
         exists = "manifest.json" in files
         if files and not exists:
             raise SmiError(
@@ -104,6 +104,11 @@ class PoolWriter:
                 atomic_write(self.path / "manifest.json", json.dumps(self._manifest(device), indent=1).encode())
             for folder in ("shards", "png"):
                 os.makedirs(self.path / folder, exist_ok=True)
+                if os.path.islink(self.path / folder):
+                    raise SmiError(
+                        f"{str(self.path / folder)!r} is a link, which may lead out of the pool; move the pool to "
+                        f"where it leads, or choose another folder."
+                    )
             sync_folder(self.path)
 
     @property
@@ -127,12 +132,13 @@ class PoolWriter:
             _check_result(result, self.info, self.plan, batch)
         except ValueError as error:
             raise SmiError(f"the result does not fit batch {batch} of the pool {str(self.path)!r}: {error}.") from None
-        pictures = to_pixels(result.images, self.info)
-        with writing(self.path):
+        pictures = [encode_png(picture) for picture in to_pixels(result.images, self.info)]
+        shard = _encode_shard(result)
+        with writing(self.path, len(shard) + sum(map(len, pictures))):
             for name, picture in zip(picture_names(self.info, result), pictures, strict=True):
-                atomic_write(self.path / "png" / name, encode_png(picture))
+                atomic_write(self.path / "png" / name, picture)
             sync_folder(self.path / "png")
-            atomic_write(shard_path(self.path, batch), _encode_shard(result))
+            atomic_write(shard_path(self.path, batch), shard)
             sync_folder(self.path / "shards")
 
     def _check_same(self, pool: Pool) -> None:
@@ -150,9 +156,11 @@ class PoolWriter:
         """Remove what interrupted writes left behind; on `overwrite` also the batches, while the manifest stays: a
         kill in the middle leaves a smaller pool, not a folder that is none."""
         for folder, own in ((self.path, None), (self.path / "shards", _SHARD), (self.path / "png", _PICTURE)):
-            for file in os.listdir(folder) if folder.is_dir() else []:
-                if _TEMP.fullmatch(file) or (overwrite and own and own.fullmatch(file)):
-                    os.unlink(folder / file)
+            if folder.is_dir() and not folder.is_symlink():
+                remove_temps(folder)
+                for file in os.listdir(folder) if overwrite and own else []:
+                    if own and own.fullmatch(file):
+                        os.unlink(folder / file)
 
     def _manifest(self, device: str) -> dict[str, Any]:
         return {
@@ -189,11 +197,14 @@ class Pool:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         try:
-            self.info = _build(ModelInfo, self.manifest["model"])
+            self.info = build(ModelInfo, self.manifest["model"])
             self.config = Config.from_dict(self.manifest["config"])
-            self.plan = _build(WorkPlan, self.manifest["plan"])
-            _check_plan(self.info, self.plan)
-        except (KeyError, TypeError, ValueError) as error:
+            self.plan = build(WorkPlan, self.manifest["plan"])
+            check_plan(self.info, self.plan)
+            for key, kind in (("created", str), ("device", str), ("versions", dict)):
+                if not isinstance(self.manifest[key], kind):
+                    raise ValueError(f"{key} is {str(self.manifest[key])[:60]!r}")
+        except _DAMAGE as error:
             raise _damaged_manifest(self.path, error) from None
         self.batches = _present(self.path, self.plan)
 
@@ -214,9 +225,10 @@ class Pool:
         if batch not in self.batches:
             raise SmiError(f"the pool {str(self.path)!r} has no batch {batch}; it has {len(self.batches)} batches.")
         try:
+            check_inside(self.path, file)
             result = _decode_shard(file)
             _check_result(result, self.info, self.plan, batch)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGE as error:
             raise SmiError(
                 f"the shard {str(file)!r} is damaged ({_reason(error)}); delete it and run the same command again: "
                 f"only this batch is made anew."
@@ -254,44 +266,6 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-")
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in one line, as `SmiError`, why nothing could be written to `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"the disk that holds {str(path)!r} is full; free some space and run the same command again."
-        else:
-            problem = f"cannot write to {str(path)!r}: {_reason(error)}; choose a folder that you may write to."
-        raise SmiError(problem) from error
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` is, at any moment, what it was or all of `data`."""
-    temp = path.with_name(f".smi-tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        with open(temp, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable where the file system can; where it cannot, its files are whole all the same."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def shard_path(path: Path, batch: int) -> Path:
     return path / "shards" / f"{batch:05d}.safetensors"
 
@@ -310,7 +284,7 @@ def _present(path: Path, plan: WorkPlan) -> list[int]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(file, _LARGEST_MANIFEST).decode())
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path):
             raise SmiError(f"{str(path)!r} is not a pool: it has no manifest.json. Name the folder of one.") from None
@@ -346,7 +320,7 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-def _build(kind: type[_Plain], data: Any) -> _Plain:
+def build(kind: type[_Plain], data: Any) -> _Plain:
     """The dataclass from JSON data. Raises `ValueError` or `TypeError` for a missing, unknown or ill-typed field."""
     if not isinstance(data, dict):
         raise ValueError(f"{kind.__name__} is not a mapping")
@@ -365,6 +339,8 @@ def _fits(value: Any, hint: Any) -> bool:
             return False
         items = items[:1] * len(value) if items[-1] is Ellipsis else items
         return len(value) == len(items) and all(map(_fits, value, items))
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair, which JSON may hold, raises what a damaged file does
     return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
 
 
@@ -377,7 +353,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name} {old!r}, this run has {new!r}"
 
 
-def _check_plan(info: ModelInfo, plan: WorkPlan) -> None:
+def check_plan(info: ModelInfo, plan: WorkPlan) -> None:
     """Raises `ValueError` for what no inversion could have made."""
     channels, *size = info.input_size
     if channels not in (1, 3) or len(info.mean) != channels or len(info.std) != channels or min(info.std) <= 0:
@@ -453,7 +429,7 @@ def read_hash(file: Path) -> tuple[str | None, str]:
             tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
             extra = dict(json.loads((shard.metadata() or {})["smi"]))
         return extra.pop("sha256", None), _hash(tensors, extra)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except _DAMAGE as error:
         raise SmiError(f"the shard {str(file)!r} cannot be read: {_reason(error)}.") from None
 
 
@@ -478,6 +454,6 @@ def _decode_shard(file: Path) -> Result:
         losses={name.removeprefix("loss."): values for name, values in tensors.items() if name.startswith("loss.")},
         history={name.removeprefix("history."): v for name, v in tensors.items() if name.startswith("history.")},
         snapshot_at=at,
-        phases=[_build(Phase, phase) for phase in extra["phases"]],
+        phases=[build(Phase, phase) for phase in extra["phases"]],
         tries=int(extra.get("tries", 1)),
     )

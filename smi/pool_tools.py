@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from smi.errors import SmiError
-from smi.pool import Pool, PoolWriter, picture_names, read_hash, shard_path, writing
+from smi.files import atomic_write, writing
+from smi.pool import Pool, PoolWriter, picture_names, read_hash, shard_path
 from smi.workers import Workers
 
 
@@ -123,7 +123,7 @@ def _take(pool: Pool, batch: int, out: Path) -> None:
     stored, found = read_hash(shard_path(pool.path, batch))
     if stored not in (None, found):
         raise SmiError(f"the shard {str(shard_path(pool.path, batch))!r} holds other numbers than were written.")
-    with writing(out):
+    with writing(out, shard_path(pool.path, batch).stat().st_size):
         for name in picture_names(pool.info, result):
             if (pool.path / "png" / name).is_file():
                 _link(pool.path / "png" / name, out / "png" / name)
@@ -137,9 +137,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        temp = target.with_name(f".smi-tmp-00000000-{target.name}")
-        shutil.copyfile(source, temp)
-        os.replace(temp, target)
+        atomic_write(target, source.read_bytes())
 
 
 def stats(path: str | Path) -> dict[str, Any]:
