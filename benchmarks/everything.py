@@ -33,7 +33,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.end_to_end import ALL, MODELS, OURS
 from benchmarks.timing import environment
 from smi.adapters.timm import resolve_device
-from smi.pool import atomic_write
+from smi.files import atomic_write
 from smi_kernels import backends
 
 ROOT = Path(__file__).parent.parent

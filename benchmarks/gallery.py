@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 import smi
 from smi.adapters.timm import resolve_device
 from smi.dataset import patch_mask, pixel_mask
-from smi.pool import atomic_write, to_pixels
+from smi.files import atomic_write
+from smi.pool import to_pixels
 from smi.report_data import Array
 from smi.strategies import STRATEGIES
 

@@ -38,7 +38,7 @@ import smi
 from benchmarks.agreement import ROWS
 from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
-from smi.pool import atomic_write
+from smi.files import atomic_write
 from smi.run import run
 
 SHAPES = ("disc", "ring", "square", "cross", "triangle", "bars")

@@ -35,8 +35,8 @@ from smi.calibration import from_pool
 from smi.config import preset_or_file
 from smi.errors import SmiError
 from smi.evaluation import data_config, data_transform, open_dataset
+from smi.files import atomic_write
 from smi.flops import count_flops
-from smi.pool import atomic_write
 from smi.run import run
 
 INVERTED: dict[str, dict[str, Any]] = {**RANKED, "rebirth": {"strategy": "rebirth"}}

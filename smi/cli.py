@@ -7,6 +7,7 @@ import errno
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,19 +47,29 @@ _TIMM_MODULES = ("vision_transformer", "deit", "eva")
 _MENDABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same careful way out as Ctrl-C."""
+class Stopped(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP, all on the careful way out of Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        self.number = number
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_GO_ON = ("compare", "invert", "transfer")  # commands that keep what they have finished
 
 
 class _Commands(TyperGroup):
-    """Turns what a user can mend into one line on stderr and an exit code: 2 error, 130 Ctrl-C, 143 SIGTERM."""
+    """Turns what a user can mend into one line on stderr and an exit code: 2 error, 128 + n for signal n."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _stoppable():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            again = "; run the same command again to go on" if ctx.invoked_subcommand in ("invert", "compare") else ""
-            _fail(f"{'stopped' if isinstance(stop, Terminated) else 'interrupted'}{again}", _stop_code(stop), "")
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            again = "to go on" if ctx.invoked_subcommand in _GO_ON else "to begin again"
+            said = "interrupted" if number == signal.SIGINT else "stopped"
+            _fail(f"{said}; run the same command again {again}", 128 + number, "")
         except (SmiError, OSError, RuntimeError) as error:
             line = _one_line(error)
             if line is None or ctx.params.get("debug"):
@@ -66,8 +77,27 @@ class _Commands(TyperGroup):
             _fail(line, 2)
 
 
-def _stop_code(stop: KeyboardInterrupt) -> int:
-    return 143 if isinstance(stop, Terminated) else 130
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """The first signal is an exception, which leaves all in order; a second one, should that take long, kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What is ignored stays so: a shell's jobs in the background, and nohup.
+    before = {n: old for n in _SIGNALS if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+
+    def stop(number: int, _: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _fail(line: str, code: int, prefix: str = "error: ") -> NoReturn:
@@ -116,18 +146,6 @@ def _options(
     pass
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def stop(*_: object) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def invert(options: InvertOptions) -> None:
     """Invert a model: make images of its classes, with the patches that matter, in a pool on disk.
 
@@ -150,8 +168,7 @@ def invert(options: InvertOptions) -> None:
     if options.dry_run:
         _plan(options)
         return
-    with _sigterm_as_interrupt():
-        _invert(options)
+    _invert(options)
 
 
 def plan(options: InvertOptions) -> None:

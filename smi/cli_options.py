@@ -417,7 +417,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, parse_numbers(f"--set {key}", value)
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except Exception:  # dates and numbers raise whatever their readers do
         raise SmiError(
             f"--set {text!r}: {value!r} cannot be read; write a plain number, word, true or false."
         ) from None
@@ -437,7 +437,7 @@ def parse_classes(text: str, info: ModelInfo) -> list[int]:
     names = {name.casefold(): number for number, name in enumerate(info.class_names)}
     chosen: list[int] = []
     for part in (p.strip() for p in text.split(",")):
-        span = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        span = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", part)
         if part.casefold() in names:
             chosen.append(names[part.casefold()])
         elif span:
@@ -468,7 +468,7 @@ def parse_duration(text: str) -> float:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """``0/4`` to ``3/4``."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise SmiError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1, e.g. 0/4.")
     return int(match[1]), int(match[2])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from smi.pool import atomic_write, writing
+from smi.files import atomic_write, writing
 from smi.report_figures import LIGHT, Panel, comparison
 
 Read = Callable[[dict[str, Any], int], float]

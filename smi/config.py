@@ -11,12 +11,18 @@ import dataclasses
 import functools
 import itertools
 import math
+import reprlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from smi.errors import SmiError, did_you_mean
+from smi.files import atomic_write, read_bytes, writing
+
+_LARGEST_FILE = 1 << 20  # bytes
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 Semantics = Literal["strict", "official"]
 Jitter = Literal["patch", "pixel", "none"]
@@ -236,7 +242,7 @@ class Config:
             result[t] = kept
         return result
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, /, **changes: Any) -> Config:
         """A copy with `changes`; unknown names raise `SmiError` with the nearest valid one."""
         known = _types()
         for name in changes:
@@ -256,7 +262,8 @@ class Config:
         """Write YAML that `load` reads back to an equal config."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        with writing(Path(path)):
+            atomic_write(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -268,15 +275,19 @@ class Config:
         import yaml
 
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(read_bytes(Path(path), _LARGEST_FILE))
         except OSError as error:
             raise SmiError(f"cannot read the config {str(path)!r}: {error.strerror}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SmiError(f"the config {str(path)!r} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        except Exception as error:  # dates, numbers and depth raise whatever their readers do
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise SmiError(f"the config {str(path)!r} is not valid YAML: {reason}.") from None
         if not isinstance(data, dict):
             raise SmiError(f"the config {str(path)!r} holds {type(data).__name__}; expected option: value lines.")
         base = preset(data.pop("preset")) if "preset" in data else cls()
-        return base.replace(**{str(k): v for k, v in data.items()})
+        for key in data:
+            if not isinstance(key, str):
+                raise SmiError(f"the config {str(path)!r} has the key {_shown(key)}; expected names of options.")
+        return base.replace(**data)
 
 
 def keep_count(patches: int, ratio: float) -> int:
@@ -298,27 +309,41 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return _convert(name, value, next(o for o in options if o is not type(None)))
     if get_origin(kind) is Literal:
         if value not in options:
-            raise SmiError(f"{name} is {value!r}.{did_you_mean(str(value), [str(o) for o in options])}")
+            shown = _shown(value)
+            raise SmiError(f"{name} is {shown}.{did_you_mean(shown.strip(chr(39)), [str(o) for o in options])}")
         return value
     if get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise SmiError(f"{name} is {value!r}; expected a list of numbers.")
+            raise SmiError(f"{name} is {_shown(value)}; expected a list of numbers.")
         return tuple(_convert(f"{name}[{i}]", item, options[0]) for i, item in enumerate(value))
     if kind is bool:
         if isinstance(value, bool):
             return value
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) >= 2**63:
+                raise SmiError(f"{name} is {_shown(value)}; expected a number of less than 64 bits.")
             return value
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise SmiError(f"{name} is {_shown(value)}; expected a number below 1e308.") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
             try:
                 return float(value)
             except ValueError:
                 pass
-    raise SmiError(f"{name} is {value!r}; expected {'a number' if kind is float else kind.__name__}.")
+    raise SmiError(f"{name} is {_shown(value)}; expected {'a number' if kind is float else kind.__name__}.")
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message; YAML can make text, numbers and nests without end out of a few lines."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # of more digits than Python writes
+        return f"a number of {value.bit_length()} bits"
 
 
 PRESETS: dict[str, Config] = {
@@ -346,7 +371,8 @@ PRESETS: dict[str, Config] = {
 def preset(name: str) -> Config:
     """The named preset. Raises `SmiError` with the nearest name."""
     if not isinstance(name, str) or name not in PRESETS:  # YAML may hold anything
-        raise SmiError(f"unknown preset {name!r}.{did_you_mean(str(name), PRESETS)}")
+        shown = _shown(name)
+        raise SmiError(f"unknown preset {shown}.{did_you_mean(shown.strip(chr(39)), PRESETS)}")
     return PRESETS[name]
 
 

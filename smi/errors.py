@@ -16,7 +16,7 @@ class SmiError(ValueError):
 def did_you_mean(value: str, options: Iterable[str], limit: int = 8) -> str:
     """`` Did you mean 'x'?`` for a near miss, otherwise the options themselves (at most `limit`)."""
     options = list(options)
-    near = difflib.get_close_matches(value, options, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(value[:200], options, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"
     shown = ", ".join(options[:limit])

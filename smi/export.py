@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from smi.dataset import Fill, fill_dropped, open_filled
 from smi.errors import SmiError, did_you_mean
-from smi.pool import Pool, encode_png, slug, to_pixels, writing
+from smi.files import put_folder, temp_folder, writing
+from smi.pool import Pool, encode_png, slug, to_pixels
 from smi.state import ModelInfo, Result
 
 FORMATS = ("imagefolder", "npy")
@@ -56,13 +57,13 @@ def export_pool(
             raise SmiError(
                 f"{str(out)!r} holds more than an earlier export and is not replaced; choose another folder."
             )
-    temp = out.with_name(f".{out.name}.smi-tmp-{secrets.token_hex(4)}")
-    with writing(out):
+    # Eight-bit pictures are packed, of which the raw size is a bound.
+    room = len(pool) * math.prod(pool.info.input_size) * (1 if format == "imagefolder" else 4)
+    with writing(out, room):
+        temp = temp_folder(out)
         try:
-            _remove_stale(out)
-            os.makedirs(temp)
             (_write_imagefolder if format == "imagefolder" else _write_npy)(pool, temp, fill)
-            _put(temp, out)
+            put_folder(temp, out)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
     return out
@@ -166,26 +167,3 @@ def _is_export(out: Path) -> bool:
     paths = [(path, path.relative_to(out).as_posix()) for path in out.rglob("*")]
     own = all((_OWN_FOLDER if path.is_dir() else _OWN_FILE).fullmatch(name) for path, name in paths)
     return own and (not paths or any(name in ("metadata.jsonl", "images.npy") for _, name in paths))
-
-
-def _remove_stale(out: Path) -> None:
-    """Remove what a killed export to `out` left beside it."""
-    stale = re.compile(re.escape(f".{out.name}.smi-tmp-") + "[0-9a-f]{8}")
-    for name in os.listdir(out.parent) if out.parent.is_dir() else []:
-        if stale.fullmatch(name):
-            shutil.rmtree(out.parent / name)
-
-
-def _put(temp: Path, out: Path) -> None:
-    """Rename `temp` to `out`; an earlier export there goes only when the new one is in its place."""
-    if not out.exists():
-        os.rename(temp, out)
-        return
-    old = out.with_name(f".{out.name}.smi-old-{secrets.token_hex(4)}")
-    os.rename(out, old)
-    try:
-        os.rename(temp, out)
-    except BaseException:
-        os.rename(old, out)
-        raise
-    shutil.rmtree(old)

@@ -30,19 +30,9 @@ from torch import Tensor
 
 from smi.augment import seed_of
 from smi.errors import SmiError, did_you_mean, reason
+from smi.files import TEMP, atomic_file, atomic_write, sync_folder, writing
 from smi.index import NAME, Index, IndexWriter, regular_size, shard_name
-from smi.pool import (
-    FORMAT_VERSION,
-    TEMP,
-    Pool,
-    atomic_file,
-    atomic_write,
-    encode_png,
-    read_manifest,
-    sync_folder,
-    to_pixels,
-    writing,
-)
+from smi.pool import FORMAT_VERSION, Pool, encode_png, read_manifest, to_pixels
 from smi.shard import DAMAGE, check_rows, decode_bytes, encode
 from smi.state import ROWS, ModelInfo, Result, WorkPlan
 from smi.tar import END, Record, encode_record, records

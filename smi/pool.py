@@ -10,10 +10,8 @@ The rename of a finished shard is the commit point: a batch without a shard has 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
 import functools
 import importlib.metadata
 import io
@@ -22,7 +20,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -36,13 +33,14 @@ from torch import Tensor
 from smi._version import __version__
 from smi.config import Config
 from smi.errors import SmiError, reason
+from smi.files import TEMP, atomic_write, check_inside, read_bytes, remove_temps, sync_folder, writing
 from smi.shard import DAMAGE, build, check_result, decode, encode, read_hash
 from smi.state import ModelInfo, Result, WorkPlan
 
 FORMAT, FORMAT_VERSION = "smi-pool", 1
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _PICTURE = re.compile(r"\d{6,}_[a-z0-9-]+\.png")
-TEMP = re.compile(r"\.smi-tmp-[0-9a-f]{8}-.+")
+_LARGEST_MANIFEST = 1 << 28  # bytes: of some ten million images
 
 
 class PoolWriter:
@@ -76,7 +74,7 @@ class PoolWriter:
         self.path, self.info, self.config, self.plan = Path(path), info, config.resolved(), plan
         self.objectives = tuple(objectives)
         try:
-            _check_plan(info, plan)
+            check_plan(info, plan)
         except ValueError as error:
             raise SmiError(f"no pool can be made: {error}.") from None
         with writing(self.path):
@@ -98,6 +96,11 @@ class PoolWriter:
                 atomic_write(self.path / "manifest.json", json.dumps(self._manifest(device), indent=1).encode())
             for folder in ("shards", "png"):
                 os.makedirs(self.path / folder, exist_ok=True)
+                if os.path.islink(self.path / folder):
+                    raise SmiError(
+                        f"{str(self.path / folder)!r} is a link, which may lead out of the pool; move the pool to "
+                        f"where it leads, or choose another folder."
+                    )
             sync_folder(self.path)
 
     @property
@@ -121,12 +124,13 @@ class PoolWriter:
             check_result(result, self.info, self.plan, batch)
         except ValueError as error:
             raise SmiError(f"the result does not fit batch {batch} of the pool {str(self.path)!r}: {error}.") from None
-        pictures = to_pixels(result.images, self.info)
-        with writing(self.path):
+        pictures = [encode_png(picture) for picture in to_pixels(result.images, self.info)]
+        shard = encode(result)
+        with writing(self.path, len(shard) + sum(map(len, pictures))):
             for name, picture in zip(picture_names(self.info, result), pictures, strict=True):
-                atomic_write(self.path / "png" / name, encode_png(picture))
+                atomic_write(self.path / "png" / name, picture)
             sync_folder(self.path / "png")
-            atomic_write(shard_path(self.path, batch), encode(result))
+            atomic_write(shard_path(self.path, batch), shard)
             sync_folder(self.path / "shards")
 
     def _check_same(self, pool: Pool) -> None:
@@ -151,9 +155,11 @@ class PoolWriter:
         """Remove what interrupted writes left behind; on `overwrite` also the batches, while the manifest stays: a
         kill in the middle leaves a smaller pool, not a folder that is none."""
         for folder, own in ((self.path, None), (self.path / "shards", _SHARD), (self.path / "png", _PICTURE)):
-            for file in os.listdir(folder) if folder.is_dir() else []:
-                if TEMP.fullmatch(file) or (overwrite and own and own.fullmatch(file)):
-                    os.unlink(folder / file)
+            if folder.is_dir() and not folder.is_symlink():
+                remove_temps(folder)
+                for file in os.listdir(folder) if overwrite and own else []:
+                    if own and own.fullmatch(file):
+                        os.unlink(folder / file)
 
     def _manifest(self, device: str) -> dict[str, Any]:
         return {
@@ -198,8 +204,11 @@ class Pool:
             self.config = Config.from_dict(self.manifest["config"])
             self.plan = build(WorkPlan, self.manifest["plan"])
             self.objectives = _texts("objectives", self.manifest.get("objectives", []))
-            _check_plan(self.info, self.plan)
-        except (KeyError, TypeError, ValueError) as error:
+            check_plan(self.info, self.plan)
+            for key, kind in (("created", str), ("device", str), ("versions", dict)):
+                if not isinstance(self.manifest[key], kind):
+                    raise ValueError(f"{key} is {str(self.manifest[key])[:60]!r}")
+        except DAMAGE as error:
             raise _damaged_manifest(self.path / self._manifest, error) from None
         self.batches = self._find()
 
@@ -222,6 +231,7 @@ class Pool:
         file = shard_path(self.path, batch)
         self._check_present(batch)
         try:
+            check_inside(self.path, file)
             result = decode(file)
             check_result(result, self.info, self.plan, batch)
         except DAMAGE as error:
@@ -301,50 +311,6 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-")
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in one line, as `SmiError`, why nothing could be written to `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"the disk that holds {str(path)!r} is full; free some space and run the same command again."
-        else:
-            problem = f"cannot write to {str(path)!r}: {reason(error)}; choose a folder that you may write to."
-        raise SmiError(problem) from error
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` is, at any moment, what it was or all of `data`."""
-    with atomic_file(path) as temp, open(temp, "xb") as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path`, safely on the disk, if the context is left without error."""
-    temp = path.with_name(f".smi-tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        yield temp
-        with open(temp, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable where the file system can; where it cannot, its files are whole all the same."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def shard_path(path: Path, batch: int) -> Path:
     return path / "shards" / f"{batch:05d}.safetensors"
 
@@ -364,7 +330,7 @@ def read_manifest(path: Path, name: str = "manifest.json", format: str = FORMAT)
     """What the manifest `name` of the folder `path` says. Raises `SmiError` where it is not one of that format."""
     file = path / name
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(file, _LARGEST_MANIFEST).decode())
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path):
             raise SmiError(f"{str(path)!r} is not a pool: it has no {name}. Name the folder of one.") from None
@@ -413,7 +379,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name} {old!r}, this run has {new!r}"
 
 
-def _check_plan(info: ModelInfo, plan: WorkPlan) -> None:
+def check_plan(info: ModelInfo, plan: WorkPlan) -> None:
     """Raises `ValueError` for what no inversion could have made."""
     channels, *size = info.input_size
     if channels not in (1, 3) or len(info.mean) != channels or len(info.std) != channels or min(info.std) <= 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 
 from smi.errors import SmiError
+from smi.files import atomic_write, writing
 from smi.index import NAME, shard_name
 from smi.packed import PackedPool, decode_png, members_of, open_pool, scan
-from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels, writing
+from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels
 from smi.shard import content_hash, read_hash
 from smi.state import ROWS, Result, WorkPlan
 from smi.tar import Record
@@ -213,7 +213,7 @@ def _take(pool: Pool, batch: int, writer: PoolWriter) -> None:
     if isinstance(pool, PackedPool):
         writer.write(batch, result)
         return
-    with writing(out):
+    with writing(out, shard_path(pool.path, batch).stat().st_size):
         for name in picture_names(pool.info, result):
             if (pool.path / "png" / name).is_file():
                 _link(pool.path / "png" / name, out / "png" / name)
@@ -227,9 +227,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        temp = target.with_name(f".smi-tmp-00000000-{target.name}")
-        shutil.copyfile(source, temp)
-        os.replace(temp, target)
+        atomic_write(target, source.read_bytes())
 
 
 def stats(path: str | Path) -> dict[str, Any]:

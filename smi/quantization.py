@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import io
 import json
 import operator
 import os
@@ -27,8 +28,10 @@ from smi._version import __version__
 from smi.calibration import Calibration
 from smi.errors import SmiError
 from smi.evaluation import data_config
-from smi.pool import writing
-from smi.state import ModelInfo
+from smi.files import put_folder, read_bytes, temp_folder, writing
+from smi.pool import build, check_plan
+from smi.quantization_file import load_program
+from smi.state import ModelInfo, WorkPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +45,7 @@ RECORD, PROGRAM, ONNX = "quantization.json", "model.pt2", "model.onnx"
 # Of a file with the network it was made of; below, it is not kept. Noise lies between classes, where the order of a sum
 # decides how an activation is rounded, and that which class is ahead.
 AGREEMENT, AGREEMENT_ON_NOISE = 0.99, 0.9
-_BATCH = 32
+_BATCH, _LARGEST_RECORD = 32, 1 << 26  # images, bytes
 
 
 @dataclass(frozen=True)
@@ -140,15 +143,11 @@ class Quantized:
                 "" if overwrite else ", or replace an earlier quantization with overwrite"
             )
             raise SmiError(f"{str(out)!r} already exists; {mend}.")
-        temp = out.with_name(f".{out.name}.smi-tmp")
-        with writing(out):
+        with writing(out, self.float_bytes * (2 if onnx else 1)):
+            temp = temp_folder(out)
             try:
-                shutil.rmtree(temp, ignore_errors=True)
-                os.makedirs(temp)
                 record = self._write(temp, onnx)
-                if out.exists():
-                    shutil.rmtree(out)
-                os.rename(temp, out)
+                put_folder(temp, out)
             finally:
                 shutil.rmtree(temp, ignore_errors=True)
         return record
@@ -159,7 +158,9 @@ class Quantized:
             warnings.simplefilter("ignore")
             batch = torch.export.Dim("batch", min=1, max=2**16)
             program = torch.export.export(self.model.run, (example,), dynamic_shapes=({0: batch},))  # type: ignore[arg-type]
-            torch.export.save(program, folder / PROGRAM)
+            packed = io.BytesIO()  # torch's own writing of files tells of a full disk by no OSError
+            torch.export.save(program, packed)
+        (folder / PROGRAM).write_bytes(packed.getbuffer())
         files = [PROGRAM]
         if onnx:
             from smi.quantization_onnx import save_onnx
@@ -292,10 +293,10 @@ def load_quantized(path: str | Path) -> QuantizedModel:
     folder = path if path.is_dir() else path.parent
     file = path / PROGRAM if path.is_dir() else path
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(read_bytes(folder / RECORD, _LARGEST_RECORD))
         if record.get("format") != FORMAT or not file.is_file():
             raise FileNotFoundError
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise SmiError(
             f"{str(path)!r} is not a quantized model; expected a folder that smi quantize has written, with {PROGRAM} "
             f"and {RECORD}."
@@ -304,8 +305,15 @@ def load_quantized(path: str | Path) -> QuantizedModel:
         raise SmiError(
             f"{str(path)!r} has format version {record.get('format_version')}; this program reads 1. Upgrade."
         )
-    model: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in record["model"].items()}
-    return QuantizedModel(_open(file), ModelInfo(**model), record["data"], record)
+    try:
+        info = build(ModelInfo, record["model"])
+        check_plan(info, WorkPlan((0,), 1))
+        data = {key: tuple(value) if isinstance(value, list) else value for key, value in record["data"].items()}
+        if data["input_size"] != info.input_size or {len(data[key]) for key in ("mean", "std")} != {len(info.mean)}:
+            raise ValueError("data is of another input")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SmiError(f"{str(folder / RECORD)!r} is damaged ({error}); make it again with smi quantize.") from None
+    return QuantizedModel(_open(file), info, record["data"], record)
 
 
 def is_quantized(path: str | Path) -> bool:
@@ -323,11 +331,10 @@ def _open(file: Path) -> Callable[[Tensor], Tensor]:
 
     assert quantizer
     try:
-        module: Callable[[Tensor], Tensor] = torch.export.load(file).module()
+        return load_program(file)
     except Exception as error:  # a zip archive, JSON and pickles can each be damaged in ways of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SmiError(f"{str(file)!r} cannot be read: {reason}. Make it again with smi quantize.") from error
-    return module
 
 
 def _prepare(tokens: TokenModel, quantizer: Any, sparse: bool) -> Any:

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smi.errors import SmiError
+from smi.files import atomic_write, remove_temps, writing
 from smi.packed import open_pool
-from smi.pool import Pool, atomic_write, writing
+from smi.pool import Pool
 from smi.report_data import Tally, collect
 
 if TYPE_CHECKING:
     from torch import nn
 
     from smi.state import ModelInfo
+
+
+_ABANDONED = 3600.0  # seconds after which no other report is still being written
 
 
 def summary(pool_path: str | Path, *, judge: nn.Module | None = None) -> dict[str, Any]:
@@ -60,8 +64,9 @@ def write_report(
         raise SmiError(f"{str(target)!r} is a folder; give the name of the HTML file to write.")
     pool, tally = _open(pool_path, judge, max_images)
     page, pictures = render(tally, pool.manifest, planned=len(pool.plan.targets))
-    with writing(target):
+    with writing(target, len(page) + sum(map(len, pictures.values()))):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_temps(target.parent, older=_ABANDONED)
         for name, png in pictures.items():
             atomic_write(target.with_name(f"{target.stem}-{name}.png"), png)
         atomic_write(target, page.encode())

@@ -25,8 +25,8 @@ DTYPES = {
     "logits": torch.float32,
     "snapshots": torch.uint8,
 }
-# What reading damaged bytes can raise.
-DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
+# What readers of damaged bytes raise: safetensors and torch have errors of their own, JSON may hold infinity and depth.
+DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 Plain = TypeVar("Plain", ModelInfo, WorkPlan, Phase)
 
 
@@ -172,7 +172,10 @@ def _fits(value: Any, hint: Any) -> bool:
         items = get_args(hint)
         if not isinstance(value, tuple):
             return False
-        if items[-1] is Ellipsis:  # perhaps a million: by their types, of which there are few
+        if items[-1] is Ellipsis and items[0] is not str:  # perhaps a million: by their types, of which there are few
             return set(map(type, value)) <= ({int, float} if items[0] is float else {items[0]})
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
         return len(value) == len(items) and all(map(_fits, value, items))
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair, which JSON may hold, raises what a damaged file does
     return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ from torch.nn import functional as F
 from smi.adapters.timm import TokenFeed, resolve_device
 from smi.dataset import Fill
 from smi.errors import SmiError, did_you_mean
+from smi.files import atomic_write, check_inside, remove_temps, writing
 from smi.lessons import Lessons, Live, Stored, Synthesis
-from smi.pool import Pool, atomic_write, writing
+from smi.pool import Pool
 from smi.state import ModelInfo
 from smi.workers import Workers
 
@@ -157,20 +159,18 @@ def teach(
     else:
         source = Stored(images, config.fill, config.holdout, config.seed)
     student.to(device)
-    with _feeding(student, source.info, config, device) as feed, alone:
+    with _feeding(student, source.info, config, device) as feed, alone, Workers(out):
         identity = _identity(source, config, name or type(student).__name__, student, feed.fed)
         optimizer = _optimizer(_trained(student, config), config)
+        remove_temps(out)
         curve = _resume(out, identity, student, optimizer)
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
+        if curve:  # a kill may have come between the state and the record of it
+            with writing(out):
+                atomic_write(out / _RECORD, _record(identity, config, curve).encode())
         for number in range(len(curve), config.epochs):
             epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
             curve.append(epoch)
-            with writing(out):
-                if _best(curve) == number:
-                    atomic_write(out / _BEST, save(_plain(student), {"epoch": str(number)}))
-                atomic_write(out / _LAST, _checkpoint(student, optimizer, curve, identity))
-                atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+            _keep(out, student, optimizer, curve, identity, config)
             if progress is not None:
                 progress(number, epoch)
     return Transfer(out, curve, _best(curve), feed.fed)
@@ -308,6 +308,25 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
+def _keep(
+    out: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    curve: list[Epoch],
+    identity: dict[str, Any],
+    config: TransferConfig,
+) -> None:
+    """Write what the last epoch brought; the state comes after the best student, which it takes for written."""
+    number = len(curve) - 1
+    best = save(_plain(student), {"epoch": str(number)}) if _best(curve) == number else b""
+    state = _checkpoint(student, optimizer, curve, identity)
+    with writing(out, len(best) + len(state)):
+        if best:
+            atomic_write(out / _BEST, best)
+        atomic_write(out / _LAST, state)
+        atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+
+
 def _best(curve: list[Epoch]) -> int:
     return min(range(len(curve)), key=lambda n: (-curve[n].agreement, curve[n].holdout_loss, n))
 
@@ -345,29 +364,54 @@ def _checkpoint(
 
 def _resume(out: Path, identity: dict[str, Any], student: nn.Module, optimizer: torch.optim.Optimizer) -> list[Epoch]:
     """Take up the state in `out`; the epochs it holds."""
-    if not (out / _LAST).is_file():
+    if not os.path.lexists(out / _LAST):
         return []
     try:
+        check_inside(out, out / _LAST)
         with safe_open(out / _LAST, framework="pt") as file:
-            words = file.metadata()
+            words: dict[str, str] = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dictionary
-        theirs, curve = json.loads(words["identity"]), [Epoch(**entry) for entry in json.loads(words["curve"])]
+        theirs, curve = dict(json.loads(words["identity"])), _curve(json.loads(words["curve"]))
     except Exception as error:
-        raise SmiError(f"{str(out / _LAST)!r} is damaged ({error}); remove it to begin again.") from error
+        raise _damaged(out, error) from error
     for key in identity:
         if theirs.get(key) != identity[key]:
             raise SmiError(
                 f"{str(out)!r} holds another run: its {key} is {theirs.get(key)!r}, this one's {identity[key]!r}. "
                 f"Choose another folder."
             )
+    try:
+        _restore(tensors, student, optimizer)
+    except Exception as error:
+        raise _damaged(out, error) from error
+    return curve
+
+
+def _curve(told: Any) -> list[Epoch]:
+    curve = [Epoch(**entry) for entry in told]
+    if not curve or not all(type(value) is float and math.isfinite(value) for e in curve for value in vars(e).values()):
+        raise ValueError("its curve is no list of finite numbers")
+    return curve
+
+
+def _restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".")
             state.setdefault(int(number), {})[name] = value
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, values in state.items():
+        for name, value in values.items():
+            if value.ndim and value.shape != trained[place].shape:
+                raise ValueError(f"{name} of parameter {place} is of another shape")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return curve
+
+
+def _damaged(out: Path, error: Exception) -> SmiError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return SmiError(f"{str(out / _LAST)!r} is damaged ({reason}); remove it to begin again.")
 
 
 def _record(identity: dict[str, Any], config: TransferConfig, curve: list[Epoch]) -> str:

@@ -1,39 +1,52 @@
 """Who is at work on a pool: one run, or several that share its batches; none disturbs another, none is waited for dead.
 
-    POOL/workers/3f2a91c0.json    a run: host, process, since when; touched every few seconds while it lives
+    POOL/workers/3f2a91c0.json    a run: host, process, its turn; touched every few seconds while it lives
+    POOL/workers/3f2a91c0.name    the run's name, of which every claim is a link, so that no claim is ever half-made
     POOL/workers/00012.claim      the batch that a run has in hand, with the run's name in it
 
 A run is dead when its process is gone, on this host, or, on another, when its file was not touched for a while. Ages
-are differences of times that the file system itself gave, so that no clock has to agree with another.
+are differences of times that the file system itself gave, so that no clock has to agree with another; where a clock is
+set back, one's own count of seconds without a sign of life decides. Turns are taken as in Lamport's bakery (CACM 17,
+1974), so that of two runs that begin together one sees the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
+import re
 import secrets
 import socket
 import threading
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from smi.errors import SmiError
-from smi.pool import writing
+from smi.files import atomic_write, read_bytes, remove_temps, writing
 
 FOLDER = "workers"
+_NAME = re.compile(r"[0-9a-f]{8}")
+_PROCESS = re.compile(r"\d{1,10}@\d{0,20}", re.ASCII)
+_MOVED = re.compile(r"\d{5,}\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A run as its file tells of it; `process` tells it from a later process of the same number."""
+    """A run as its file tells of it; `process` tells it from a later process of the same number.
+
+    `since` is the number of its turn, about the time when it began, and None while it looks for one.
+    """
 
     name: str
     host: str
     process: str
     together: bool
-    since: float
+    since: float | None
 
 
 class Workers:
@@ -51,15 +64,19 @@ class Workers:
         self._path, self._folder, self._patience, self._together = path, path / FOLDER, patience, together
         self.name = secrets.token_hex(4)
         self._mine = self._folder / f"{self.name}.json"
+        self._token = self._folder / f"{self.name}.name"
+        self._seen: dict[str, tuple[float, float]] = {}  # name -> time of its file, and when that was seen first
         self._over = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="smi-worker")
         self._claimed: set[int] = set()
 
     def __enter__(self) -> Workers:
-        me = self._announce()
+        mine = self._announce()
         self._bury()
+        while any(other.since is None for other in self.others()):
+            time.sleep(0.01)
         for other in self.others():
-            earlier = (other.since, other.name) < (me.since, me.name)
+            earlier = other.since is not None and (other.since, other.name) < (mine, self.name)
             if earlier and not (other.together and self._together):
                 self._leave()
                 raise SmiError(
@@ -88,26 +105,48 @@ class Workers:
                 found.append(worker)
         return found
 
-    def _announce(self) -> Worker:
+    def _announce(self) -> float:
+        """Be seen, then take a turn later than all that are seen. Returns the turn."""
+        me = Worker(self.name, _host(), _process(os.getpid()), self._together, None)
         with writing(self._folder):
             while True:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 try:
-                    self._mine.touch()
-                    since = self._mine.stat().st_mtime
-                    me = Worker(self.name, _host(), _process(os.getpid()), self._together, since)
-                    self._mine.write_text(json.dumps(asdict(me)))
-                    return me
+                    atomic_write(self._token, self.name.encode())
+                    atomic_write(self._mine, json.dumps(asdict(me)).encode())
+                    turns = [other.since for other in self.others() if other.since is not None]
+                    last = max([self._mine.stat().st_mtime, *turns])
+                    mine = math.nextafter(last, math.inf)
+                    atomic_write(self._mine, json.dumps(asdict(replace(me, since=mine))).encode())
+                    return mine
                 except FileNotFoundError:  # another that left took the folder, which was empty, with it
                     continue
 
     def _bury(self) -> None:
         """Remove the files of dead runs; nobody holds what they claimed."""
-        for file in self._folder.glob("*.json"):
-            worker = _read(file)
-            if worker is not None and worker.name != self.name and not self._lives(worker, file):
+        with contextlib.suppress(FileNotFoundError):
+            remove_temps(self._folder, older=self._patience)
+        for file in self._folder.glob("*"):
+            if _MOVED.fullmatch(file.name) or (file.suffix in (".json", ".name") and not self._stays(file)):
                 with contextlib.suppress(OSError):
                     os.unlink(file)
+                    if file.suffix == ".json":
+                        os.unlink(file.with_suffix(".name"))
+
+    def _stays(self, file: Path) -> bool:
+        """Whether the file of a run belongs to one that lives, or may be about to begin."""
+        told = file.with_suffix(".json")
+        worker = _read(told)
+        if worker is None:
+            return self._young(file)
+        return worker.name == self.name or self._lives(worker, told)
+
+    def _young(self, file: Path) -> bool:
+        """Whether an unfinished file may yet be finished."""
+        try:
+            return abs(self._now() - file.stat().st_mtime) < self._patience
+        except OSError:
+            return False
 
     def take(self, batch: int) -> bool:
         """Whether this run may make the batch: no living run has it in hand."""
@@ -115,8 +154,7 @@ class Workers:
         with writing(self._folder):
             for _ in range(2):
                 try:
-                    with open(claim, "x") as file:
-                        file.write(self.name)
+                    self._link(claim)
                 except FileExistsError:
                     if self._held(claim):
                         return False
@@ -128,12 +166,23 @@ class Workers:
                     return True
         return False
 
+    def _link(self, claim: Path) -> None:
+        try:
+            os.link(self._token, claim)
+        except FileExistsError:
+            raise
+        except FileNotFoundError:  # this run slept so long that others took it for dead
+            self._announce()
+            os.link(self._token, claim)
+        except OSError as error:  # no links here; what a kill leaves half-made is held until it is old
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            with open(claim, "x") as file:
+                file.write(self.name)
+
     def holds(self, batch: int) -> bool:
         """Whether the batch is still this run's; a run that slept through its time may have lost it."""
-        try:
-            return self._claim(batch).read_text() == self.name
-        except OSError:
-            return False
+        return _holder(self._claim(batch)) == self.name
 
     def release(self, batch: int) -> None:
         if self.holds(batch):
@@ -145,12 +194,11 @@ class Workers:
         return self._folder / f"{batch:05d}.claim"
 
     def _held(self, claim: Path) -> bool:
-        try:
-            name = claim.read_text()
-        except OSError:
-            return False  # released meanwhile
-        if not name:  # made a moment ago
-            return True
+        name = _holder(claim)
+        if name == "":  # made a moment ago
+            return self._young(claim)
+        if name is None:  # released meanwhile, or none of ours
+            return False
         file = self._folder / f"{name}.json"
         worker = _read(file)
         return worker is not None and self._lives(worker, file)
@@ -159,18 +207,22 @@ class Workers:
         if worker.host == _host():
             return worker.process == _process(int(worker.process.split("@")[0]))
         try:
-            return self._now() - file.stat().st_mtime < self._patience
+            touched = file.stat().st_mtime
         except OSError:
             return False
+        if self._seen.get(worker.name, (None, 0.0))[0] != touched:
+            self._seen[worker.name] = touched, time.monotonic()
+        silent = time.monotonic() - self._seen[worker.name][1]
+        return self._now() - touched < self._patience and silent < self._patience
 
     def _now(self) -> float:
         """The file system's time."""
         with writing(self._folder):
             try:
                 os.utime(self._mine)
-                return self._mine.stat().st_mtime
             except FileNotFoundError:  # this run slept so long that others took it for dead
-                return self._announce().since
+                self._announce()
+            return self._mine.stat().st_mtime
 
     def _beat(self) -> None:
         while not self._over.wait(self._patience / 6):
@@ -178,8 +230,15 @@ class Workers:
                 os.utime(self._mine)
 
     def _leave(self) -> None:
+        with contextlib.suppress(OSError, SmiError):
+            if not self.others():  # then claims that are left are the dead's, of batches that they finished
+                for claim in self._folder.glob("*.claim"):
+                    if not self._held(claim):
+                        os.unlink(claim)
+        for file in (self._token, self._mine):
+            with contextlib.suppress(OSError):
+                os.unlink(file)
         with contextlib.suppress(OSError):
-            os.unlink(self._mine)
             os.rmdir(self._folder)  # only if this was the last
 
 
@@ -195,8 +254,9 @@ def _host() -> str:
 def _process(number: int) -> str:
     """``number@start``, or ``number@`` where the system does not tell starts, or nothing if there is none."""
     try:
-        text = Path(f"/proc/{number}/stat").read_text()
-        return f"{number}@{text.rpartition(')')[2].split()[19]}"
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        # The killed stay in the table until their parent asks for them, which in a container may be never.
+        return "" if state[0] in "ZX" else f"{number}@{state[19]}"
     except (OSError, IndexError):
         pass
     if Path("/proc/self/stat").exists():
@@ -211,7 +271,25 @@ def _process(number: int) -> str:
 
 
 def _read(file: Path) -> Worker | None:
+    """The run that the file tells of, or None for a file that tells of none."""
     try:
-        return Worker(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        worker = Worker(**json.loads(read_bytes(file, 4096)))
+        told = [worker.name, worker.host, worker.process, worker.together]
+        if list(map(type, told)) != [str, str, str, bool] or f"{worker.name}.json" != file.name:
+            return None
+        if not _NAME.fullmatch(worker.name) or not _PROCESS.fullmatch(worker.process):
+            return None
+        if worker.since is not None and not (type(worker.since) in (int, float) and math.isfinite(worker.since)):
+            return None
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError):
         return None
+    return worker
+
+
+def _holder(claim: Path) -> str | None:
+    """The name in a claim, nothing if it is not there yet, or None for no claim."""
+    try:
+        name = read_bytes(claim, 64).decode()
+    except (OSError, ValueError):
+        return None
+    return name if not name or _NAME.fullmatch(name) else None

@@ -215,7 +215,9 @@ def test_a_run_that_lost_its_claim_writes_nothing(model: smi.SparseModel, tmp_pa
 
     def lose(batch: int, loop: smi.Inversion) -> None:
         if batch == 0:
-            (tmp_path / "workers" / "00000.claim").write_text("another!")
+            claim = tmp_path / "workers" / "00000.claim"
+            claim.unlink()
+            claim.write_text("another!")
 
     done = run(model, plan, CONFIG, tmp_path, on_iteration=lose)
     assert Pool(tmp_path).batches == [1] and not done.complete
