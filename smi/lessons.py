@@ -72,7 +72,8 @@ class Stored:
         self.info = pool.info
         # Images of one trajectory go together: they have grown out of the same pixels.
         repeat = pool.config.images_per_trajectory
-        total, held = len(pool), repeat * round(holdout * len(pool) / repeat)
+        total, share = len(pool), holdout * len(pool)
+        held = repeat * max(round(share / repeat), min(1, round(share)))
         if held < 1 or held >= total:
             raise SmiError(
                 f"the pool has {total} images, of which a share of {holdout:g} held out leaves {held} to choose a "
