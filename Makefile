@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(HERE)
 INSTALLED_DEV := $(VENV)/installed-dev-$(HERE)
 DESCRIPTION := pyproject.toml setup.py Makefile $(wildcard csrc/*.py csrc/*/*)
 
-.PHONY: help venv demo test lint sanitize bench gallery clean
+.PHONY: help venv demo test lint sanitize fuzz bench gallery clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,12 @@ sanitize: $(INSTALLED_DEV)  ## run the tests of the compiled operators under Add
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    SMI_NATIVE=cpu SMI_NATIVE_LIBRARIES=build/sanitized/libraries \
 	    $(BIN)/python -m pytest -k "(cpu or native) and not wheel" $(ARGS) $(wildcard tests/test_*_kernels.py) tests/test_native.py
+
+fuzz: $(INSTALLED_DEV)  ## give damaged files of every kind to what reads them, by atheris, ARGS="-max_total_time=60" each
+	$(BIN)/python -m pip install --quiet atheris
+	for target in $$($(BIN)/python tests/fuzz.py --list); do \
+	    $(BIN)/python tests/fuzz.py $$target $(or $(ARGS),-max_total_time=60) || exit 1; \
+	done
 
 bench: $(INSTALLED)  ## time sparse against dense inversion; ARGS='--model ...' chooses what, ARGS=--help lists
 	$(BIN)/python -m benchmarks.sparse_vs_dense $(ARGS)
