@@ -75,7 +75,13 @@ def numbers(repeat: int, classes: int) -> list[int]:
 def draw(changes: dict[str, Any], device: torch.device) -> smi.Result:
     """An image of every class, or as many as come out of a trajectory, class by class."""
     chosen = config(changes)
-    model = smi.SparseModel(smi.load_model(MODEL), name=MODEL, device=device, ranking=chosen.model_ranking)
+    model = smi.SparseModel(
+        smi.load_model(MODEL),
+        name=MODEL,
+        device=device,
+        ranking=chosen.model_ranking,
+        merge_to=chosen.model_merge_to,
+    )
     classes, repeat = model.info.num_classes, chosen.images_per_trajectory
     targets = [target for target in range(classes) for _ in range(repeat)]
     return smi.invert(model, targets, chosen, indices=numbers(repeat, classes))

@@ -74,6 +74,9 @@ class Comparison:
         self._check_uses()
         classes = range(model.info.num_classes) if how.classes is None else how.classes
         self.classes = list(classes)
+        self._merging = {model.merge_to: model}
+        for name in how.strategies:  # now, because some networks cannot
+            self.model_of(name)
         self.repeats = {name: self.config_of(name, how.seeds[0]).images_per_trajectory for name in how.strategies}
         settings = self._settings()
         self._check_same(settings)
@@ -92,6 +95,13 @@ class Comparison:
         """As the method's pool is made."""
         return self.config.replace(strategy=method, seed=seed).resolved()
 
+    def model_of(self, method: str) -> SparseModel:
+        """The teacher, with tokens merged inside where the method says so."""
+        merge_to = self.config_of(method, self.how.seeds[0]).model_merge_to
+        if merge_to not in self._merging:
+            self._merging[merge_to] = self.model.merging(merge_to)
+        return self._merging[merge_to]
+
     def plan(self, method: str) -> WorkPlan:
         """As many images as the largest point, or the equal number, asks for."""
         images, repeat = self.allotments[method].looked_at[-1], self.repeats[method]
@@ -104,7 +114,7 @@ class Comparison:
             for method, batch in self._in_turns():
                 plan, config = self.plan(method), self.config_of(method, seed)
                 shard = (batch, plan.num_batches)
-                run(self.model, plan, config, self._pool(method, seed), shard=shard)
+                run(self.model_of(method), plan, config, self._pool(method, seed), shard=shard)
                 self._tell(f"seed {seed}: {method}, batch {batch + 1} of {plan.num_batches}")
             for method in self.how.strategies:
                 for images in self.allotments[method].looked_at:
@@ -187,7 +197,7 @@ class Comparison:
         if self.how.equal == "images":
             return None
         if self.how.equal == "flops":
-            return {name: flops_per_image(self.model, self.config_of(name, 0)) for name in self.how.strategies}
+            return {name: flops_per_image(self.model_of(name), self.config_of(name, 0)) for name in self.how.strategies}
         return _read(self.out / "rates.json") or self._time()
 
     def _time(self) -> dict[str, float]:
@@ -198,7 +208,7 @@ class Comparison:
                 repeat = self.repeats[name]
                 images = self.config.batch_size * repeat
                 plan = WorkPlan((self.classes[0],) * images, images)
-                seconds.append(predict(self.model, plan, self.config_of(name, 0)).seconds / images)
+                seconds.append(predict(self.model_of(name), plan, self.config_of(name, 0)).seconds / images)
         return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     def _check_uses(self) -> None:

@@ -88,7 +88,7 @@ def bce(labels: Tensor | Sequence[Any], *, weight: float = 1.0) -> Objective:
         goal = _broadcast("labels", wanted, context.logits)
         return F.binary_cross_entropy_with_logits(context.logits, goal, reduction="none").mean(1)
 
-    return Objective(term, weight, "bce", description=described("bce", labels=wanted))
+    return Objective(term, weight, "bce", description=described("bce", labels=given))
 
 
 def embedding(
@@ -114,7 +114,8 @@ def embedding(
     """
     if distance not in ("cosine", "l2"):
         raise SmiError(f"distance is {distance!r}; expected 'cosine' or 'l2'.")
-    wanted = _Constant(_numbers("target", target))
+    given = _numbers("target", target)
+    wanted = _Constant(given)
 
     def term(context: Context) -> Tensor:
         found = context.features[feature]
@@ -123,7 +124,7 @@ def embedding(
         goal = _broadcast("target", wanted, found)
         return 1 - F.cosine_similarity(found, goal) if distance == "cosine" else (found - goal).norm(dim=1)
 
-    description = described("embedding", target=wanted, distance=distance, feature=feature)
+    description = described("embedding", target=given, distance=distance, feature=feature)
     return Objective(term, weight, "embedding", features=(feature,), description=description)
 
 

@@ -38,8 +38,8 @@ from smi.state import WorkPlan
 from smi.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("dense", "sparse", "random", "rebirth")
-CONFIG = smi.Config(iterations=12, prune_at=(3, 6), prune_ratio=(0.4, 0.4), batch_size=4)  # 16, 9, 5 patches
+METHODS = ("dense", "sparse", "random", "rebirth", "fusion")
+CONFIG = smi.Config(iterations=12, prune_at=(3, 6), prune_ratio=(0.4, 0.4), merge_to=0.5, batch_size=4)  # 16, 9, 5
 HOW = CompareConfig(strategies=("dense", "rebirth"), images=8, points=(0.5, 1.0), weights=0)
 WIDTH, DEPTH = 16, 2  # of `tiny`
 
@@ -56,10 +56,18 @@ def operations(kept: int) -> int:
     return 2 * (2 * linear + 7 * DEPTH * tokens * tokens * WIDTH)
 
 
+def merged_operations() -> int:
+    """All 16 patches, of which 8 tokens are left behind the attention of the first block."""
+    linear = 16 * 3 * PATCH * PATCH * WIDTH + WIDTH * CLASSES + WIDTH * WIDTH * (4 * (17 + 9) + 8 * (9 + 9))
+    cosines = 8 * 8 * 8  # of even and odd keys, 8 channels a head, forward alone
+    return 2 * (2 * linear + 7 * (17 * 17 + 9 * 9) * WIDTH + cosines)
+
+
 BY_HAND = {  # iterations with so many patches, over the images of a trajectory
     "dense": Fraction(12 * operations(16)),
     "sparse": Fraction(3 * operations(16) + 3 * operations(9) + 6 * operations(5)),
     "random": Fraction(3 * operations(16) + 3 * operations(9) + 6 * operations(5)),
+    "fusion": Fraction(12 * merged_operations()),
     "rebirth": Fraction(3 * (operations(16) + operations(12) + operations(8) + operations(4)), 4),
 }
 
@@ -100,7 +108,8 @@ def whole(model: smi.SparseModel, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.mark.parametrize("method", METHODS)
 def test_operations_of_an_image_are_those_counted_by_hand(model: smi.SparseModel, method: str) -> None:
-    assert flops_per_image(model, CONFIG.replace(strategy=method)) == BY_HAND[method]
+    chosen = CONFIG.replace(strategy=method)
+    assert flops_per_image(model.merging(chosen.model_merge_to), chosen) == BY_HAND[method]
 
 
 def test_equal_operations_buy_as_many_images_as_fit() -> None:
@@ -135,7 +144,7 @@ def test_pools_keep_to_the_budget(whole: tuple[Path, dict[str, Any]]) -> None:
             assert cell["images"] == images and cell["flops"] == images * BY_HAND[name] <= budget
         assert method["counted"] == 12 <= method["at_points"][0]
     rates = {name: method["per_image"] for name, method in record["methods"].items()}
-    assert rates == {name: float(BY_HAND[name]) for name in ("dense", "sparse", "rebirth")}
+    assert rates == {name: float(BY_HAND[name]) for name in ("dense", "sparse", "rebirth", "fusion")}
 
 
 def test_equal_seconds_follow_what_was_predicted(
@@ -199,6 +208,7 @@ def test_the_first_images_are_a_pool(model: smi.SparseModel, tmp_path: Path) -> 
 def test_updates_are_those_that_moved_a_patch(model: smi.SparseModel, tmp_path: Path, method: str) -> None:
     """Watched from outside: in how many iterations did any pixel of a patch change?"""
     config = CONFIG.replace(strategy=method, jitter="none", flip=False, batch_size=2)
+    model = model.merging(config.model_merge_to)
     targets = [target for target in (1, 2) for _ in range(config.images_per_trajectory)]
     loop = Inversion(model, targets, config)
     moved, before = torch.zeros(2, N, dtype=torch.long), loop.images.clone()

@@ -121,10 +121,15 @@ def test_a_users_table_chooses_the_tile_of_a_shape(tmp_path: Path, monkeypatch: 
     assert tile(376) == (128, 64, 64, 8, 2, True)
     assert tile(375).vendor is tile(376, "ieee" + tuning.INVARIANT).vendor is False
     assert str(table) in tuning.source()
+    with tuning.forcing(tuning.VENDOR) as asked:
+        assert tile(376).vendor
+        assert not tuning.tile("embed_tokens", torch.bfloat16, 376, 192, 768, "ieee", device).vendor
+    assert asked == ["linear_dx 16-bit 376x192x768"]
     for wrong in (
         '{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8]}}',
         '{"shapes": {"linear_dx 16-bit 376x192": [128, 64, 64, 8, 2]}}',
         '{"shapes": {"linear 16-bit 376x192x768": [128, 64, 64, 8, 2]}}',
+        '{"shapes": {"embed_tokens 16-bit 376x192x768": [64, 64, 64, 4, 1, true]}}',
         '{"shapes": [1]}',
         "[]",
         "{",

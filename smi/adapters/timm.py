@@ -180,6 +180,7 @@ class SparseModel:
             ranking=self._ranking,
             class_names=labels if len(labels) == expected.shape[-1] else (),
         )
+        self._asked_ranking, self._asked_backend = ranking, backend
         self.against_kernels, self.backend = self._choose_backend(backend)
         self.operations = "reference" if backend == "reference" else "auto"
         if self.against_kernels and precision in ("tf32", "fp16"):
@@ -197,6 +198,27 @@ class SparseModel:
             self._merges = True
             if self.vit is not None:
                 self.vit.merge_to = merge_to
+
+    def merging(self, merge_to: float | None) -> SparseModel:
+        """This network with another `merge_to`, or itself if that is its own.
+
+        Raises:
+            SmiError: tokens cannot be merged inside this architecture.
+        """
+        if merge_to == self.merge_to:
+            return self
+        return SparseModel(
+            self.original,
+            name=self.info.name,
+            device=self.device,
+            precision=self.precision,
+            ranking=self._asked_ranking,
+            mean=self.info.mean,
+            std=self.info.std,
+            class_names=self.info.class_names,
+            backend=self._asked_backend,
+            merge_to=merge_to,
+        )
 
     def __call__(
         self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False

@@ -41,6 +41,7 @@ class Tile(NamedTuple):
 
 
 VENDOR = Tile(64, 64, 64, 4, 1, vendor=True)
+_OWN_PRODUCT = ("embed_tokens", "embed_tokens_dx")  # patches are gathered while they are multiplied: nothing for cuBLAS
 _forced: ContextVar[tuple[Tile, list[str]] | None] = ContextVar("forced", default=None)
 
 
@@ -52,7 +53,8 @@ def tile(operation: str, dtype: torch.dtype, M: int, N: int, K: int, precision: 
     """
     arithmetic = "16-bit" if dtype.itemsize == 2 else dot_precision(precision)
     shape = f"{operation} {arithmetic} {M}x{N}x{K}"
-    if (forced := _forced.get()) is not None:
+    forced = _forced.get()
+    if forced is not None and not (forced[0].vendor and operation in _OWN_PRODUCT):
         forced[1].append(shape)
         return forced[0]
     table = _table()
@@ -68,7 +70,7 @@ def tile(operation: str, dtype: torch.dtype, M: int, N: int, K: int, precision: 
 
 @contextlib.contextmanager
 def forcing(tile: Tile) -> Iterator[list[str]]:
-    """Within this context every matrix kernel takes `tile`; yields the shapes that ask for one, as tables name them."""
+    """Within this context every matrix kernel that can takes `tile`; yields the shapes that do, as tables name them."""
     asked: list[str] = []
     token = _forced.set((tile, asked))
     try:
@@ -118,7 +120,9 @@ def _user_shapes(file: Path) -> dict[str, list[Any]]:
             operation, arithmetic, shape = name.split()
             known = operation in _table()[arithmetic] and [int(n) > 0 for n in shape.split("x")] == [True] * 3
             sizes = all(type(n) is int and n > 0 for n in entry[:5])
-            if not (known and sizes and 5 <= len(entry) <= 6 and (len(entry) == 5 or type(entry[5]) is bool)):
+            vendor = entry[5] if len(entry) == 6 else False
+            sensible = type(vendor) is bool and not (vendor and operation in _OWN_PRODUCT)
+            if not (known and sizes and 5 <= len(entry) <= 6 and sensible):
                 raise ValueError(f"entry {name!r}: {entry}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{USER_TABLE} names {str(file)!r}, which is no table of tiles ({error!r}); {mend}") from error
