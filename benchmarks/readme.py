@@ -38,7 +38,8 @@ def measured() -> str:
 
 def where(record: dict[str, Any]) -> str:
     where = record["environment"]
-    hardware = where["gpu"]["name"] if where["gpu"] else f"{where['cpu_threads']} cores of {where['cpu']}"
+    cores = "1 core" if where["cpu_threads"] == 1 else f"{where['cpu_threads']} cores"
+    hardware = where["gpu"]["name"] if where["gpu"] else f"{cores} of {where['cpu']}"
     return f"{hardware}, torch {where['torch']}, commit {where['commit']}"
 
 
