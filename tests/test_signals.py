@@ -39,12 +39,14 @@ def test_commands_stop_and_say_how_to_go_on(
         "quantize": ["quantize", "embedded:teacher", "--pool", pool, "--out", str(tmp_path / "out")],
         "export": ["export", pool, str(tmp_path / "out")],
     }[command]
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    inherited = {n: signal.signal(n, signal.SIG_DFL) for n in {number, signal.SIGINT}}  # nohup leaves hang-ups ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result = CliRunner().invoke(app, arguments)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, inherited)
+        for each, handler in inherited.items():
+            signal.signal(each, handler)
     again = "to go on" if command == "transfer" else "to begin again"
     assert (result.exit_code, result.stderr) == (128 + number, f"{said}; run the same command again {again}\n")
 
