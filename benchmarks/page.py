@@ -40,6 +40,8 @@ def page(results: Results, where: Where) -> str:
         *_all("table_of_truth", truth, results, where),
         "## Do rankings find the patches that matter?",
         *_all("rankings", rankings, results, where),
+        "## When should pruning begin?",
+        *_all("when_to_prune", when_to_prune, results, where),
         "## Eight bits on a CPU",
         *_all("int8", int8, results, where),
         "## Reliance on backgrounds",
@@ -191,6 +193,24 @@ def rankings(record: Record, where: str) -> str:
     ]
     titles = [f"{name}: {record['kept'][place]}" for name, _, place in columns]
     return f"{head}\n\n{_table(['kept', *titles], rows)}"
+
+
+def when_to_prune(record: Record, where: str) -> str:
+    """Ranked patches against random ones by how long the inversion waits before it prunes."""
+    base = record["config"]
+    head = (
+        f"`{record['model']}`, preset `{record['preset']}` with all steps of pruning moved by as many iterations of "
+        f"{base['iterations']} (its own first is {base['prune_at'][0]}), {record['images']} images a cell and seed, "
+        f"{_seeds(record)}; {where}. Percent of images in which a judge that took no part sees the class in the kept "
+        "patches alone."
+    )
+    cells = record["cells"]
+    cost = {start: found[0]["gflop_per_image"] for start, found in next(iter(cells.values())).items()}
+    rows = [
+        [start, *(_share([found["judge"] for found in of[start]]) for of in cells.values()), f"{gflop:.0f}"]
+        for start, gflop in cost.items()
+    ]
+    return f"{head}\n\n{_table(['first pruning', *cells, 'GFLOP an image'], rows)}"
 
 
 def int8(record: Record, where: str) -> str:

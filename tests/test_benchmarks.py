@@ -92,7 +92,8 @@ def test_on_a_gpu_the_final_phase_is_timed_in_graphs(monkeypatch: pytest.MonkeyP
 def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     nothing = page.page(lambda _: [], readme.where)
     assert "at least 2.2x over C16 | not measured" in nothing
-    for module in ("end_to_end", "operations", "scaling", "table_of_truth", "int8", "hallucination", "rankings"):
+    shown_by = ("end_to_end", "operations", "scaling", "table_of_truth", "int8", "hallucination", "rankings")
+    for module in (*shown_by, "when_to_prune"):
         assert f"Not measured: `python -m benchmarks.{module}`." in nothing
 
     times = {"median": 2e-6, "low": 1e-6, "high": 3e-6}
@@ -136,6 +137,16 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     ranked = {"model": "m", "patches": 64, "kept": [16], "draws": 3}
     shown = page.rankings({**ranked, "sets": {"real": real, "dense": {"images": 7, "told": told}}}, "here")
     assert "| kept | real: 16 | dense: 16 |" in shown and "| x, last | 50 | 12 |" in shown
+
+    waited = {"model": "m", "preset": "demo", "images": 9, "seeds": [1, 2]}
+    waited["config"] = {"iterations": 400, "prune_at": [40, 80]}
+    waited["cells"] = {
+        "sparse": {"40": [{"judge": 0.5, "gflop_per_image": 2.0}, {"judge": 0.6, "gflop_per_image": 2.0}]},
+        "random": {"40": [{"judge": 0.25, "gflop_per_image": 2.0}, {"judge": 0.25, "gflop_per_image": 2.0}]},
+    }
+    shown = page.when_to_prune(waited, "here")
+    assert "| first pruning | sparse | random | GFLOP an image |" in shown
+    assert "| 40 | 55.0 +- 7.1 | 25.0 +- 0.0 | 2 |" in shown
 
     tests = {"matched": 0.9, "shifted": 0.5, "conflicting": 0.1, "attention_outside": 0.8, "gradient_outside": 0.7}
     drawn = {"seeds": [1], "matched": 0.9, "images": 10, "teacher": tests, "environment": {"gpu": None}}
