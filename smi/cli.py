@@ -31,7 +31,7 @@ from smi.cli_options import (
 )
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
-from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
+from smi.cli_progress import duration, emit, make_reporter, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
@@ -193,14 +193,7 @@ def _invert(options: InvertOptions) -> None:
 
     from smi.run import run
 
-    console = Console(stderr=True)
-    reporter: Reporter
-    if options.json:
-        reporter = JsonReporter(model.info, plan, config)
-    elif console.is_terminal:
-        reporter = BarReporter(console, model.info, plan, config)
-    else:
-        reporter = LineReporter(console, model.info, plan, config)
+    reporter = make_reporter(options.json, model, plan, config)
 
     def opened(missing: list[int]) -> None:
         reporter.open(missing)
@@ -228,6 +221,7 @@ def _invert(options: InvertOptions) -> None:
             shard=None if options.shard is None else parse_shard(options.shard),
             time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
             objectives=objectives,
+            time_left=reporter.left,
             on_open=opened,
             on_iteration=reporter.iteration,
             on_batch=reporter.batch,
