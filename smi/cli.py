@@ -38,9 +38,10 @@ from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from smi.inversion import Inversion
     from smi.predict import Prediction
     from smi.run import RunSummary
-    from smi.state import ModelInfo
+    from smi.state import ModelInfo, Result
 
 # timm's modules whose models have the patch_drop slot on an embedding that can be taken apart.
 _TIMM_MODULES = ("vision_transformer", "deit", "eva")
@@ -197,6 +198,7 @@ def _invert(options: InvertOptions) -> None:
 
     def opened(missing: list[int]) -> None:
         reporter.open(missing)
+        log.open(missing)
         if options.json:
             emit(
                 "start",
@@ -210,7 +212,15 @@ def _invert(options: InvertOptions) -> None:
                 missing=missing,
             )
 
-    with reporter:
+    def iterated(batch: int, loop: Inversion) -> None:
+        reporter.iteration(batch, loop)
+        log.iteration(batch, loop)
+
+    def written(batch: int, result: Result, seconds: float) -> None:
+        reporter.batch(batch, result, seconds)
+        log.batch(batch, result, seconds)
+
+    with options.make_log(reporter.left) as log, reporter:
         done = run(
             model,
             plan,
@@ -223,8 +233,8 @@ def _invert(options: InvertOptions) -> None:
             objectives=objectives,
             time_left=reporter.left,
             on_open=opened,
-            on_iteration=reporter.iteration,
-            on_batch=reporter.batch,
+            on_iteration=iterated,
+            on_batch=written,
         )
     _conclude(options, done)
 

@@ -159,15 +159,15 @@ class JsonReporter(Reporter):
         return None
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
+        from smi.logs import batch_facts
+
+        left = self.left.seconds
         emit(
             "batch",
             batch=batch,
             indices=result.indices.tolist(),
-            seconds=round(seconds, 3),
-            kept=result.keep.shape[1],
-            teacher_agreement=(result.logits.argmax(1) == result.targets).float().mean().item(),
-            losses={name: values.mean().item() for name, values in result.losses.items()},
-            seconds_left=None if self.left.seconds is None else round(self.left.seconds, 3),
+            **batch_facts(result, seconds),
+            seconds_left=None if left is None else round(left, 1),
         )
 
 

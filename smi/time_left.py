@@ -159,13 +159,14 @@ class TimeLeft:
 
     def batch(self, batch: int, seconds: float) -> None:
         """A batch of this run is on disk, after so many seconds."""
+        if batch not in self._missing:  # told of already
+            return
         if batch != self._batch:  # nobody told of its iterations
             last = len(self._work) - 1
             self._pace.add(last, self._rows(batch) * self._work[last], seconds)
             self._seen, self._mark = True, (self._clock(), 0)
-        if batch in self._missing:
-            self._missing.discard(batch)
-            self._images_missing -= len(self._plan.batch(batch))
+        self._missing.discard(batch)
+        self._images_missing -= len(self._plan.batch(batch))
         self._batch, self._looked = None, -math.inf
         self._look()
 

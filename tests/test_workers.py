@@ -251,7 +251,7 @@ def test_runs_know_each_others_pace(tmp_path: Path) -> None:
     assert not (tmp_path / "workers").exists()
 
 
-@pytest.mark.parametrize("order", itertools.permutations((".json", ".name", ".told")))
+@pytest.mark.parametrize("order", list(itertools.permutations((".json", ".name", ".told"))))
 def test_what_the_dead_told_goes_with_them(
     order: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
