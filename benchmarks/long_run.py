@@ -64,8 +64,8 @@ def an_hour(seconds: Sequence[float], values: Sequence[float]) -> float:
     return 3600 * statistics.linear_regression(seconds, values).slope
 
 
-def measure(model: smi.SparseModel, config: smi.Config, minutes: float, every: float) -> dict[str, Any]:
-    """What the run made and how the process grew meanwhile."""
+def measure(model: smi.SparseModel, config: smi.Config, minutes: float, every: float, **options: Any) -> dict[str, Any]:
+    """What the run made and how the process grew meanwhile; `options` are those of `smi.run.run`."""
     classes = model.info.num_classes
     count = max(2, round(IMAGES_AN_HOUR * minutes / 60))
     plan = smi.WorkPlan.balanced(range(classes), count, config.batch_size, classes)
@@ -77,7 +77,8 @@ def measure(model: smi.SparseModel, config: smi.Config, minutes: float, every: f
             samples.append(look(began))
 
     with tempfile.TemporaryDirectory(prefix="smi-long-run-") as folder:
-        done = run(model, plan, config, Path(folder) / "pool", time_budget=60 * minutes, on_iteration=watch)
+        pool = Path(folder) / "pool"
+        done = run(model, plan, config, pool, time_budget=60 * minutes, on_iteration=watch, **options)
     return {"images": done.images_done, "batches": done.batches_done, "seconds": done.seconds, **growth(samples)}
 
 
