@@ -7,6 +7,7 @@ cheaper phases that come later are told before they come.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -95,14 +96,7 @@ class TimeLeft:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan, self._repeat, self._clock = plan, config.images_per_trajectory, clock
-        schedule, kept, fed = config.schedule(num_patches), num_patches, []
-        for t in range(config.iterations):
-            kept = schedule.get(t, kept)
-            fed.append(kept)
-        count = flops or float
-        operations = {kept: count(kept) for kept in dict.fromkeys(fed)}
-        full = operations[num_patches] * self._rows(0)
-        self._work = [0.0, *itertools.accumulate(operations[kept] / full for kept in fed)]  # of one image
+        self._config, self._num_patches, self._flops = config, num_patches, flops or float
         self._pace, self._seen = Pace(), False
         self._missing: set[int] = set()
         self._images_missing = 0
@@ -135,6 +129,8 @@ class TimeLeft:
         Args:
             team: other runs that share them; `missing_now` then says which are not on disk yet.
         """
+        if missing:
+            _ = self._work  # counted before time is, and not at all where nothing is to do
         self._missing = set(missing)
         self._images_missing = sum(len(self._plan.batch(batch)) for batch in missing)
         self._team, self._mark = team, (self._clock(), 0)
@@ -186,6 +182,17 @@ class TimeLeft:
     def images_per_second(self) -> float | None:
         """Whole images that this run makes in a second, at the pace measured so far."""
         return len(self._plan.batch(0)) / self._each() if self._seen else None
+
+    @functools.cached_property
+    def _work(self) -> list[float]:
+        """Of one image up to every iteration; a dense iteration of a whole batch is 1."""
+        schedule, kept, fed = self._config.schedule(self._num_patches), self._num_patches, []
+        for t in range(self._config.iterations):
+            kept = schedule.get(t, kept)
+            fed.append(kept)
+        operations = {kept: self._flops(kept) for kept in dict.fromkeys(fed)}
+        full = operations[self._num_patches] * self._rows(0)
+        return [0.0, *itertools.accumulate(operations[kept] / full for kept in fed)]
 
     def _rows(self, batch: int) -> int:
         """Trajectories of a batch."""
