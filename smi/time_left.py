@@ -115,9 +115,9 @@ class TimeLeft:
         from smi.flops import count_flops
         from smi.state import WorkPlan
 
-        images = len(loop.indices) * loop.config.images_per_trajectory
+        model, images = loop.model, len(loop.indices) * loop.config.images_per_trajectory
         plan = WorkPlan((0,) * images, images)
-        left = cls(plan, loop.config, loop.model.info.num_patches, lambda kept: count_flops(loop.model, kept))
+        left = cls(plan, loop.config, model.info.num_patches, lambda kept: count_flops(model, kept))
         left.begin([0])
         return left
 
@@ -157,7 +157,7 @@ class TimeLeft:
         """A batch of this run is on disk, after so many seconds."""
         if batch not in self._missing:  # told of already
             return
-        if batch != self._batch:  # nobody told of its iterations
+        if batch != self._batch or not self._seen:  # nobody told of its iterations, or of the last alone
             last = len(self._work) - 1
             self._pace.add(last, self._rows(batch) * self._work[last], seconds)
             self._seen, self._mark = True, (self._clock(), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,20 @@ def test_losses_are_read_as_seldom_as_wanted(model: smi.SparseModel, monkeypatch
 
 
 def test_each_inversion_is_a_batch_of_its_own(model: smi.SparseModel, tmp_path: Path) -> None:
-    with Log(tmp_path / "log", every=T) as log:
-        for target in range(3):
-            smi.invert(model, [target], CONFIG, progress=log)
+    loops = []
+
+    def progress(loop: smi.Inversion) -> None:
+        loops.append(weakref.ref(loop))
+        log(loop)
+
+    log = Log(tmp_path / "log", every=T)
+    for target in range(3):
+        smi.invert(model, [target], CONFIG, progress=progress)
     events = read_log(tmp_path / "log")
     assert [(event["batch"], event["step"]) for event in events] == [(n, (n + 1) * T) for n in range(3)]
     assert events[-1]["seconds_left"] == 0 and events[-1]["images_per_second"] > 0
+    gc.collect()
+    assert len(loops) >= 3 and not any(loop() for loop in loops), "a log holds no batch that is done"
 
 
 # --- files ---

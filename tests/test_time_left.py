@@ -150,10 +150,14 @@ def test_both_costs_are_found_once_two_phases_were_seen(fixed: float, each: floa
     assert pace.seconds(10, 3.0) == pytest.approx(10 * fixed + 3 * each, rel=0.01, abs=0.05)
 
 
-def test_batches_whose_iterations_nobody_watches_count_whole() -> None:
+@pytest.mark.parametrize("seen", [False, True])
+def test_batches_whose_iterations_nobody_watches_count_whole(seen: bool) -> None:
+    """Nor those that are heard of only when all their iterations are done, as in one CUDA graph of few."""
     left = TimeLeft(smi.WorkPlan((0,) * 40, 8), FAST, PATCHES, clock=lambda: 0.0)
     left.begin(range(5))
-    left.batch(0, 60.0)
-    left.batch(1, 80.0)
+    for batch, seconds in enumerate((60.0, 80.0)):
+        if seen and batch == 0:
+            left.iteration(batch, 400, 8)
+        left.batch(batch, seconds)
     assert left.seconds == pytest.approx(3 * 70)
     assert left.images_per_second == pytest.approx(8 / 70)
