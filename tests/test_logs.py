@@ -112,6 +112,7 @@ def test_each_inversion_is_a_batch_of_its_own(model: smi.SparseModel, tmp_path: 
     log = Log(tmp_path / "log", every=T)
     for target in range(3):
         smi.invert(model, [target], CONFIG, progress=progress)
+    log.close()
     events = read_log(tmp_path / "log")
     assert [(event["batch"], event["step"]) for event in events] == [(n, (n + 1) * T) for n in range(3)]
     assert events[-1]["seconds_left"] == 0 and events[-1]["images_per_second"] > 0
