@@ -38,7 +38,8 @@ def measured() -> str:
 
 def where(record: dict[str, Any]) -> str:
     where = record["environment"]
-    hardware = where["gpu"]["name"] if where["gpu"] else f"{where['cpu_threads']} cores of {where['cpu']}"
+    cores = f"{where['cpu_threads']} core{'s' if where['cpu_threads'] > 1 else ''}"
+    hardware = where["gpu"]["name"] if where["gpu"] else f"{cores} of {where['cpu']}"
     return f"{hardware}, torch {where['torch']}, commit {where['commit']}"
 
 
