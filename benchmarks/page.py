@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.long_run import FLAT
 from benchmarks.operations import VENDOR, clear
 from benchmarks.readme_end_to_end import NOT_MEASURED, goals, section
 from benchmarks.table_of_truth import EQUAL_COST, INVERTED, QUANTIZED
@@ -46,6 +47,8 @@ def page(results: Results, where: Where) -> str:
         *_all("int8", int8, results, where),
         "## Reliance on backgrounds",
         *_all("hallucination", hallucination, results, where),
+        "## An hour on a CPU",
+        *_all("long_run", long_run, results, where),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -260,6 +263,26 @@ def hallucination(record: Record, where: str) -> str:
     ]
     picture = f"![what is seen, and what is learnt](../benchmarks/results/hallucination-{_kind(record)}.png)"
     return f"{head}\n\n{picture}\n\n{_table(['images', *columns.values()], rows)}"
+
+
+def long_run(record: Record, where: str) -> str:
+    """How much a process at work grows."""
+    head = (
+        f"`{record['model']}`, preset `{record['preset']}`, batch {record['batch_size']}, a pool on disk as of "
+        f"`smi invert`; {where}; one process for {record['seconds'] / 60:.0f} minutes, looked at {record['samples']} "
+        f"times. Growth is the slope of the least-squares line after the first {100 * record['warm_up']:.0f} % of the "
+        f"time; memory counts as flat up to {100 * FLAT:.0f} % of itself an hour."
+    )
+    columns = {
+        "images": f"{record['images']}",
+        "batches": f"{record['batches']}",
+        "resident, MB": f"{record['resident_mb']:.0f}",
+        "peak, MB": f"{record['peak_mb']:.0f}",
+        "growth, MB an hour": f"{record['mb_an_hour']:+.2f} ({'flat' if record['flat'] else 'not flat'})",
+        "living tensors": f"{record['tensors_an_hour']:+.1f} an hour",
+        "open files": f"{record['files_an_hour']:+.1f} an hour",
+    }
+    return f"{head}\n\n{_table(list(columns), [list(columns.values())])}"
 
 
 def _measured(values: list[float], outside: bool) -> str:

@@ -38,7 +38,7 @@ def measured() -> str:
 
 def where(record: dict[str, Any]) -> str:
     where = record["environment"]
-    cores = "1 core" if where["cpu_threads"] == 1 else f"{where['cpu_threads']} cores"
+    cores = f"{where['cpu_threads']} core{'s' if where['cpu_threads'] > 1 else ''}"
     hardware = where["gpu"]["name"] if where["gpu"] else f"{cores} of {where['cpu']}"
     return f"{hardware}, torch {where['torch']}, commit {where['commit']}"
 

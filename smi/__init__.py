@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
-    from smi import calibration, export, losses, schedules
+    from smi import calibration, export, logs, losses, schedules
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.comparison import compare
@@ -74,7 +74,7 @@ _HOME = {
     "with_text_head": "text_head",
 }
 
-_MODULES = ("calibration", "export", "losses", "schedules")
+_MODULES = ("calibration", "export", "logs", "losses", "schedules")
 
 __all__ = [
     "PRESETS",
@@ -108,6 +108,7 @@ __all__ = [
     "invert",
     "load_model",
     "load_quantized",
+    "logs",
     "losses",
     "open_pool",
     "pack",

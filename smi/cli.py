@@ -31,16 +31,17 @@ from smi.cli_options import (
 )
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
-from smi.cli_progress import BarReporter, JsonReporter, LineReporter, Reporter, duration, emit, size
+from smi.cli_progress import duration, emit, make_reporter, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from smi.inversion import Inversion
     from smi.predict import Prediction
     from smi.run import RunSummary
-    from smi.state import ModelInfo
+    from smi.state import ModelInfo, Result
 
 # timm's modules whose models have the patch_drop slot on an embedding that can be taken apart.
 _TIMM_MODULES = ("vision_transformer", "deit", "eva")
@@ -193,17 +194,11 @@ def _invert(options: InvertOptions) -> None:
 
     from smi.run import run
 
-    console = Console(stderr=True)
-    reporter: Reporter
-    if options.json:
-        reporter = JsonReporter(model.info, plan, config)
-    elif console.is_terminal:
-        reporter = BarReporter(console, model.info, plan, config)
-    else:
-        reporter = LineReporter(console, model.info, plan, config)
+    reporter = make_reporter(options.json, model, plan, config)
 
     def opened(missing: list[int]) -> None:
         reporter.open(missing)
+        log.open(missing)
         if options.json:
             emit(
                 "start",
@@ -217,7 +212,15 @@ def _invert(options: InvertOptions) -> None:
                 missing=missing,
             )
 
-    with reporter:
+    def iterated(batch: int, loop: Inversion) -> None:
+        reporter.iteration(batch, loop)
+        log.iteration(batch, loop)
+
+    def written(batch: int, result: Result, seconds: float) -> None:
+        reporter.batch(batch, result, seconds)
+        log.batch(batch, result, seconds)
+
+    with options.make_log(reporter.left) as log, reporter:
         done = run(
             model,
             plan,
@@ -228,9 +231,10 @@ def _invert(options: InvertOptions) -> None:
             shard=None if options.shard is None else parse_shard(options.shard),
             time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
             objectives=objectives,
+            time_left=reporter.left,
             on_open=opened,
-            on_iteration=reporter.iteration,
-            on_batch=reporter.batch,
+            on_iteration=iterated,
+            on_batch=written,
         )
     _conclude(options, done)
 

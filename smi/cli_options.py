@@ -18,7 +18,9 @@ from smi.state import ModelInfo, WorkPlan
 
 if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
+    from smi.logs import Log
     from smi.objectives import Objective
+    from smi.time_left import TimeLeft
 
 EMBEDDED_TEACHER = "embedded:teacher"
 # With the demo preset and no number asked for: a sheet of four images for each of the ten classes.
@@ -263,6 +265,16 @@ class InvertOptions(ModelOptions):
     shard: Annotated[
         str | None, _option("--shard", panel=_RUN, metavar="I/N", help="Only the batches I, I + N, I + 2 N, ...")
     ] = None
+    log: Annotated[
+        Path | None,
+        _option("--log", panel=_RUN, metavar="FILE", help="Append losses, speed and time left to it as JSON lines."),
+    ] = None
+    tensorboard: Annotated[
+        Path | None, _option("--tensorboard", panel=_RUN, metavar="DIR", help="The same for TensorBoard.")
+    ] = None
+    log_every: Annotated[
+        int, _option("--log-every", panel=_RUN, help="Iterations between two entries of both, 20 unless given.")
+    ] = 20
     seed: Annotated[int | None, _option("--seed", panel=_RUN, help="The one source of randomness.")] = None
     precision: Annotated[
         str | None,
@@ -312,6 +324,12 @@ class InvertOptions(ModelOptions):
             parse_duration(self.time_budget)
         if self.shard is not None:
             parse_shard(self.shard)
+        if self.log_every < 1:
+            raise SmiError(f"--log-every is {self.log_every}; expected at least 1.")
+        if self.tensorboard is not None:
+            from smi.logs import check_tensorboard
+
+            check_tensorboard()
         for text in self.loss or ():
             parse_loss(text)
 
@@ -372,6 +390,13 @@ class InvertOptions(ModelOptions):
         else:
             count = -(-DEMO_IMAGES // repeat) * repeat if self.demo else config.batch_size * repeat
         return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes, repeat=repeat)
+
+    def make_log(self, left: TimeLeft) -> Log:
+        """What --log and --tensorboard ask for. TensorBoard wants a folder for each of several runs at a time."""
+        from smi.logs import Log, worker_name
+
+        folder = self.tensorboard / worker_name() if self.tensorboard and self.join else self.tensorboard
+        return Log(self.log, folder, every=self.log_every, left=left)
 
     def pool(self, config: Config) -> Path:
         return self.out or Path("pools") / f"{slug(self.model)}-{config.strategy}"

@@ -7,24 +7,30 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from smi.time_left import TimeLeft
 
 if TYPE_CHECKING:
+    from smi.adapters.timm import SparseModel
     from smi.config import Config
     from smi.inversion import Inversion
     from smi.state import ModelInfo, Result, WorkPlan
 
 
 class Reporter:
-    """Base: counts work in patches fed, to which time is nearly proportional, and asks for losses only now and then.
+    """Base: counts work in patches fed, and asks for losses only now and then.
 
-    Reading a loss waits for the device; `every` seconds between two readings keep that from being felt.
+    Reading a loss waits for the device; `every` seconds between two readings keep that from being felt. Beyond them one
+    is made as each batch begins and ends, so that the estimate of the time left knows what lies between batches.
     """
 
     every = 0.25
 
-    def __init__(self, info: ModelInfo, plan: WorkPlan, config: Config) -> None:
+    def __init__(self, info: ModelInfo, plan: WorkPlan, config: Config, left: TimeLeft | None = None) -> None:
         self.info, self.plan, self.config = info, plan, config
+        self.left = left or TimeLeft(plan, config, info.num_patches)
+        self._batch: int | None = None
         schedule, kept = config.schedule(info.num_patches), info.num_patches
         self._work = [0]
         for t in range(config.iterations):
@@ -41,23 +47,32 @@ class Reporter:
 
     def iteration(self, batch: int, loop: Inversion) -> None:
         """One iteration is done."""
-        now = time.monotonic()
-        if now - self._told < self.every:
+        due = time.monotonic() - self._told >= self.every
+        if not (due or loop.done or batch != self._batch):
             return
-        self._told = now
-        done = self.finished + len(self.plan.batch(batch)) * self._work[loop.iteration]
-        self.tell(batch, loop, done, now - self._began)
+        self._batch, losses = batch, loop.latest()  # from here on the clock counts all that is done
+        self.left.iteration(batch, loop.iteration, len(loop.indices))
+        if due:
+            self._told = time.monotonic()
+            done = self.finished + len(self.plan.batch(batch)) * self._work[loop.iteration]
+            self.tell(batch, loop, losses, done, self._told - self._began)
 
     def batch(self, batch: int, result: Result, seconds: float) -> None:
         """One batch is on disk."""
         self.finished += len(self.plan.batch(batch)) * self._work[-1]
+        self.left.batch(batch, seconds)
         self.tell_batch(batch, result, seconds)
 
     def rate(self, done: int, elapsed: float) -> float:
         """Images per second, unfinished ones counted by their share."""
         return self.images * done / max(self.total, 1) / max(elapsed, 1e-9)
 
-    def tell(self, batch: int, loop: Inversion, done: int, elapsed: float) -> None:
+    def remaining(self) -> str:
+        """The time left, for people."""
+        seconds = self.left.seconds
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+    def tell(self, batch: int, loop: Inversion, losses: dict[str, float], done: int, elapsed: float) -> None:
         """`done` of `total` patches have been fed in `elapsed` seconds."""
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
@@ -73,35 +88,36 @@ class Reporter:
 class BarReporter(Reporter):
     """One bar over the whole run."""
 
-    def __init__(self, console: Console, info: ModelInfo, plan: WorkPlan, config: Config) -> None:
-        super().__init__(info, plan, config)
+    def __init__(
+        self, console: Console, info: ModelInfo, plan: WorkPlan, config: Config, left: TimeLeft | None = None
+    ) -> None:
+        super().__init__(info, plan, config, left)
         wide = console.width >= 110  # all of it in one line, or the parts that matter
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28 if wide else 8),
             *([TaskProgressColumn(), TimeElapsedColumn()] if wide else []),
             TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._task = self._progress.add_task("starting", total=None, detail="")
+        self._task = self._progress.add_task("starting", total=None, detail="", left="")
 
     def open(self, missing: list[int]) -> None:
         super().open(missing)
         self._progress.update(self._task, total=max(self.total, 1))
 
-    def tell(self, batch: int, loop: Inversion, done: int, elapsed: float) -> None:
+    def tell(self, batch: int, loop: Inversion, losses: dict[str, float], done: int, elapsed: float) -> None:
         kept = loop.keep.shape[1]
         detail = (
-            f"{loop.iteration}/{self.config.iterations} loss {loop.latest()['total']:.3f} "
+            f"{loop.iteration}/{self.config.iterations} loss {losses['total']:.3f} "
             f"{kept} patches {self.rate(done, elapsed):.2f} img/s"
         )
         name = f"batch {batch + 1}/{self.plan.num_batches}"
-        self._progress.update(self._task, completed=done, description=name, detail=detail)
+        self._progress.update(self._task, completed=done, description=name, detail=detail, left=self.remaining())
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
-        self._progress.update(self._task, completed=self.finished)
+        self._progress.update(self._task, completed=self.finished, left=self.remaining())
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -116,16 +132,17 @@ class LineReporter(Reporter):
 
     every = 5.0
 
-    def __init__(self, console: Console, info: ModelInfo, plan: WorkPlan, config: Config) -> None:
-        super().__init__(info, plan, config)
+    def __init__(
+        self, console: Console, info: ModelInfo, plan: WorkPlan, config: Config, left: TimeLeft | None = None
+    ) -> None:
+        super().__init__(info, plan, config, left)
         self._console = console
 
-    def tell(self, batch: int, loop: Inversion, done: int, elapsed: float) -> None:
-        left = elapsed * (self.total - done) / max(done, 1)
+    def tell(self, batch: int, loop: Inversion, losses: dict[str, float], done: int, elapsed: float) -> None:
         self._line(
             f"batch {batch + 1}/{self.plan.num_batches}  iteration {loop.iteration}/{self.config.iterations}  "
-            f"loss {loop.latest()['total']:.3f}  {loop.keep.shape[1]} patches  "
-            f"{self.rate(done, elapsed):.2f} images/s  {duration(left)} left"
+            f"loss {losses['total']:.3f}  {loop.keep.shape[1]} patches  "
+            f"{self.rate(done, elapsed):.2f} images/s  {self.remaining()}"
         )
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
@@ -142,15 +159,28 @@ class JsonReporter(Reporter):
         return None
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
+        from smi.logs import batch_facts
+
+        left = self.left.seconds
         emit(
             "batch",
             batch=batch,
             indices=result.indices.tolist(),
-            seconds=round(seconds, 3),
-            kept=result.keep.shape[1],
-            teacher_agreement=(result.logits.argmax(1) == result.targets).float().mean().item(),
-            losses={name: values.mean().item() for name, values in result.losses.items()},
+            **batch_facts(result, seconds),
+            seconds_left=None if left is None else round(left, 1),
         )
+
+
+def make_reporter(as_json: bool, model: SparseModel, plan: WorkPlan, config: Config) -> Reporter:
+    """JSON objects if wanted, a bar in a terminal, lines elsewhere."""
+    from smi.flops import count_flops
+
+    left = TimeLeft(plan, config, model.info.num_patches, lambda kept: count_flops(model, kept))
+    if as_json:
+        return JsonReporter(model.info, plan, config, left)
+    console = Console(stderr=True)
+    kind = BarReporter if console.is_terminal else LineReporter
+    return kind(console, model.info, plan, config, left)
 
 
 def emit(event: str, **values: Any) -> None:

@@ -221,7 +221,13 @@ class Inversion:
         """Means over the batch of each objective at the last iteration; waits for the device."""
         if not self.iteration:
             return {}
-        return {name: values[self.iteration - 1].item() for name, values in self._curves().items()}
+        return {name: values[-1] for name, values in self.losses(self.iteration - 1).items()}
+
+    def losses(self, start: int = 0) -> dict[str, list[float]]:
+        """As `latest`, of the iterations done from `start` on, waiting for the device once."""
+        curves = self._curves()
+        values = torch.stack([curve[start : self.iteration].float() for curve in curves.values()]).tolist()
+        return dict(zip(curves, values, strict=True))
 
     @torch.no_grad()
     def result(self) -> Result:

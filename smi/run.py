@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
     from smi.config import Config
     from smi.state import WorkPlan
+    from smi.time_left import TimeLeft
 
 
 _TRIES = 3  # seeds that a batch is tried with
@@ -68,6 +69,7 @@ def run(
     shard: tuple[int, int] | None = None,
     time_budget: float | None = None,
     objectives: Sequence[Objective | Callable[..., Any]] = (),
+    time_left: TimeLeft | None = None,
     on_open: Callable[[list[int]], None] | None = None,
     on_iteration: Callable[[int, Inversion], None] | None = None,
     on_batch: Callable[[int, Result, float], None] | None = None,
@@ -86,6 +88,8 @@ def run(
             batch is made in any case. None: no limit.
         objectives: further terms of the loss, as for `Inversion`. The pool remembers what they are
             (`smi.Objective.identity`); of a function that does not describe itself, the name and the weight alone.
+        time_left: learns which batches are missing and, where runs join, how far the others are; of iterations and
+            batches it has to be told by the hooks.
         on_open: called once with the numbers of the missing batches, before the first starts.
         on_iteration: called again and again (see `Inversion.run`) with the batch number and the loop object; reading
             losses from it may wait for the device.
@@ -120,8 +124,11 @@ def run(
             alone=not workers.others(),
         )
         found = set(mine) & set(writer.present)
+        missing = [batch for batch in mine if batch not in found]
+        if time_left is not None:
+            time_left.begin(missing, workers if join else None, lambda: set(mine) - set(writer.present))
         if on_open is not None:
-            on_open([batch for batch in mine if batch not in found])
+            on_open(missing)
         done: list[int] = []
         seconds_per_image = 0.0
         for batch in _to_do(writer, workers, mine, join):

@@ -3,6 +3,7 @@
     POOL/workers/3f2a91c0.json    a run: host, process, its turn; touched every few seconds while it lives
     POOL/workers/3f2a91c0.name    the run's name, of which every claim is a link, so that no claim is ever half-made
     POOL/workers/00012.claim      the batch that a run has in hand, with the run's name in it
+    POOL/workers/3f2a91c0.told    how fast a run is, for estimates of the time left; nothing depends on it
 
 A run is dead when its process is gone, on this host, or, on another, when its file was not touched for a while. Ages
 are differences of times that the file system itself gave, so that no clock has to agree with another; where a clock is
@@ -25,6 +26,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from smi.errors import SmiError
 from smi.files import atomic_write, read_bytes, remove_temps, writing
@@ -49,6 +51,14 @@ class Worker:
     since: float | None
 
 
+class Told(NamedTuple):
+    """What a run tells those that share its pool: its batch, seconds of a whole one, and seconds until it is free."""
+
+    batch: int
+    each: float
+    free: float
+
+
 class Workers:
     """This run among those on the pool at `path`; a context that announces it and takes its leave.
 
@@ -65,6 +75,7 @@ class Workers:
         self.name = secrets.token_hex(4)
         self._mine = self._folder / f"{self.name}.json"
         self._token = self._folder / f"{self.name}.name"
+        self._told = self._folder / f"{self.name}.told"
         self._seen: dict[str, tuple[float, float]] = {}  # name -> time of its file, and when that was seen first
         self._over = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="smi-worker")
@@ -105,6 +116,24 @@ class Workers:
                 found.append(worker)
         return found
 
+    def tell(self, mine: Told) -> None:
+        """Let the others know how fast this run is; where it cannot be written they do without."""
+        with contextlib.suppress(OSError):
+            atomic_write(self._told, json.dumps(mine).encode())
+
+    def told(self) -> list[Told | None]:
+        """What the others have told, as of now; None for those that have not."""
+        return [self._heard(self._folder / f"{other.name}.told") for other in self.others()]
+
+    def _heard(self, file: Path) -> Told | None:
+        try:
+            batch, each, free = json.loads(read_bytes(file, 4096))
+            ago = max(0.0, self._now() - file.stat().st_mtime)
+            told = Told(int(batch), float(each), max(0.0, float(free) - ago))
+        except (OSError, ValueError, TypeError, RecursionError, OverflowError):
+            return None
+        return told if math.isfinite(told.free) and 0 < told.each < math.inf else None
+
     def _announce(self) -> float:
         """Be seen, then take a turn later than all that are seen. Returns the turn."""
         me = Worker(self.name, _host(), _process(os.getpid()), self._together, None)
@@ -127,11 +156,10 @@ class Workers:
         with contextlib.suppress(FileNotFoundError):
             remove_temps(self._folder, older=self._patience)
         for file in self._folder.glob("*"):
-            if _MOVED.fullmatch(file.name) or (file.suffix in (".json", ".name") and not self._stays(file)):
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
-                    if file.suffix == ".json":
-                        os.unlink(file.with_suffix(".name"))
+            if _MOVED.fullmatch(file.name) or (file.suffix in (".json", ".name", ".told") and not self._stays(file)):
+                for suffix in (".json", ".name", ".told") if file.suffix == ".json" else (file.suffix,):
+                    with contextlib.suppress(OSError):
+                        os.unlink(file.with_suffix(suffix))
 
     def _stays(self, file: Path) -> bool:
         """Whether the file of a run belongs to one that lives, or may be about to begin."""
@@ -235,7 +263,7 @@ class Workers:
                 for claim in self._folder.glob("*.claim"):
                     if not self._held(claim):
                         os.unlink(claim)
-        for file in (self._token, self._mine):
+        for file in (self._told, self._token, self._mine):
             with contextlib.suppress(OSError):
                 os.unlink(file)
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 import sys
 import tempfile
@@ -22,11 +23,11 @@ from pools import CONFIG, INFO, fill_pool
 from torch import nn
 
 import smi
-from smi import packed, tar, transfer
+from smi import logs, packed, tar, transfer
 from smi.cli_options import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard
 from smi.pool import Pool
 from smi.pool_tools import verify
-from smi.workers import Workers
+from smi.workers import Told, Workers
 
 
 class Target:
@@ -125,6 +126,35 @@ def claim(folder: Path) -> Target:
     return Target(good, read)
 
 
+def told(folder: Path) -> Target:
+    """What another run tells of its pace, from which nothing but an estimate comes."""
+    other, mine = Workers(folder, together=True), Workers(folder, together=True)
+    other.__enter__(), mine.__enter__()
+    other.tell(Told(2, 10.0, 4.0))
+
+    def read() -> None:
+        (heard,) = mine.told()
+        assert heard is None or (heard.each > 0 and 0 <= heard.free < math.inf)
+
+    return in_place(folder / "workers" / f"{other.name}.told", read)
+
+
+def log(folder: Path) -> Target:
+    """Of a run that was killed: whatever is refused stays as it is, and to all else lines can be added."""
+    file = folder / "log"
+    with logs.Log(file) as made:
+        made.open([0, 1])
+        made.open([1])
+
+    def read() -> None:
+        before = logs.read_log(file)
+        with contextlib.closing(logs.JsonLines(file)) as sink:
+            sink.write([{"event": "start"}])
+        assert logs.read_log(file) == [*before, {"event": "start"}]
+
+    return in_place(file, read)
+
+
 def checkpoint(folder: Path) -> Target:
     """Of a student between two epochs."""
     student = nn.Linear(2, 2)
@@ -166,7 +196,7 @@ def options(_: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     found.__name__: found
-    for found in (config, manifest, shard, archive, index, records, claim, checkpoint, quantization, options)
+    for found in (config, manifest, shard, archive, index, records, claim, told, log, checkpoint, quantization, options)
 }
 
 

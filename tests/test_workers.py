@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from smi.adapters.timm import resolve_device
 from smi.cli import app
 from smi.pool import Pool
 from smi.run import run
-from smi.workers import Workers
+from smi.time_left import TimeLeft
+from smi.workers import Told, Workers
 
 CONFIG = smi.Config(iterations=6, prune_at=(2,), prune_ratio=(0.5,), batch_size=2, snapshots=0)
 PLAN = smi.WorkPlan(tuple(i % CLASSES for i in range(18)), 2)
@@ -229,3 +231,60 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.Mo
     assert resolve_device("auto") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "6")
     assert resolve_device("auto") == torch.device("cuda:2")
+
+
+# --- how fast each is ---
+
+
+def test_runs_know_each_others_pace(tmp_path: Path) -> None:
+    with Workers(tmp_path, together=True) as first, Workers(tmp_path, together=True) as second:
+        assert second.told() == [None]
+        first.tell(Told(3, 10.0, 4.0))
+        (heard,) = second.told()
+        assert heard is not None and (heard.batch, heard.each) == (3, 10.0) and 0 < heard.free <= 4
+        file = tmp_path / "workers" / f"{first.name}.told"
+        os.utime(file, (time.time() - 3, time.time() - 3))
+        assert second.told()[0] == (3, 10.0, pytest.approx(1, abs=0.5)), "seconds pass"
+        for damage in ("", "[1, 2]", "[1, 0, 0]", "[1, 1e999, 0]", '["a", "b", "c"]', "[" * 2000):
+            file.write_text(damage)
+            assert second.told() == [None], damage
+    assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((".json", ".name", ".told"))))
+def test_what_the_dead_told_goes_with_them(
+    order: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def glob(folder: Path, pattern: str) -> list[Path]:  # a file system gives them in any order
+        return sorted(found(folder, pattern), key=lambda file: order.index(file.suffix))
+
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", glob)
+    with Workers(tmp_path, together=True) as first:
+        child = os.fork()
+        if not child:
+            dead = Workers(tmp_path, together=True)
+            dead.__enter__()
+            dead.tell(Told(0, 1.0, 1.0))
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert len(list((tmp_path / "workers").glob("*.told"))) == 1
+        assert first.told() == []
+    assert not (tmp_path / "workers").exists()
+
+
+def test_a_joined_run_tells_of_itself_and_knows_when_nothing_is_left(model: smi.SparseModel, tmp_path: Path) -> None:
+    left, seen = TimeLeft(PLAN, CONFIG, model.info.num_patches), []
+
+    def watch(batch: int, loop: smi.Inversion) -> None:
+        left.iteration(batch, loop.iteration, len(loop.indices))
+        seen.append((left.seconds, list((tmp_path / "pool" / "workers").glob("*.told"))))
+
+    def done(batch: int, _: smi.Result, seconds: float) -> None:
+        left.batch(batch, seconds)
+
+    options: dict[str, Any] = {"join": True, "time_left": left, "on_iteration": watch, "on_batch": done}
+    run(model, PLAN, CONFIG, tmp_path / "pool", **options)
+    told, files = seen[-1]
+    assert told is not None and 0 <= told < 1 and len(files) == 1
+    assert left.seconds == 0
