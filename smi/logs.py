@@ -11,6 +11,7 @@ its own steps.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -29,6 +30,11 @@ import torch
 from smi.errors import SmiError, reason
 from smi.files import writing
 from smi.time_left import TimeLeft
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from smi.inversion import Inversion
@@ -191,7 +197,7 @@ class JsonLines:
 
     def write(self, events: Sequence[Event]) -> None:
         data = "".join(f"{json.dumps(event, allow_nan=False)}\n" for event in events).encode()
-        with writing(self._path, len(data)):
+        with writing(self._path, len(data)), _alone(self._file):
             while data:
                 data = data[os.write(self._file, data) :]
 
@@ -288,10 +294,10 @@ def _finite(value: float) -> float | None:
 
 
 def _mend(path: Path) -> None:
-    """Blank out an unfinished last line: others that append meanwhile lose nothing, as they would by cutting it off."""
+    """Blank out an unfinished last line."""
     if not path.is_file():
         raise SmiError(f"{str(path)!r} is not a plain file; choose another one for the log.")
-    with open(path, "r+b") as file:
+    with open(path, "r+b") as file, _alone(file.fileno()):
         head = file.read(len(_BEGINS) + _LONGEST).lstrip()[: len(_BEGINS)]
         size = file.seek(0, os.SEEK_END)
         start = max(0, size - _LONGEST)
@@ -303,8 +309,23 @@ def _mend(path: Path) -> None:
         if torn:
             file.seek(size - torn)
             file.write(b" " * torn)
-            file.seek(0, os.SEEK_END)
             file.write(b"\n")
+            file.flush()
+
+
+@contextlib.contextmanager
+def _alone(file: int) -> Iterator[None]:
+    """Nobody else appends to the file or mends it meanwhile: half of a line in the making looks like a torn one."""
+    locked = False
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+    try:
+        yield
+    finally:
+        if locked:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _event(line: bytes, number: int) -> Event:
