@@ -227,7 +227,7 @@ def _invert(options: InvertOptions) -> None:
             config,
             out,
             overwrite=options.overwrite,
-            join=options.join,
+            join=options.joins,
             shard=None if options.shard is None else parse_shard(options.shard),
             time_budget=None if options.time_budget is None else parse_duration(options.time_budget),
             objectives=objectives,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -260,8 +261,13 @@ class InvertOptions(ModelOptions):
     ] = None
     overwrite: Annotated[bool, _option("--overwrite", panel=_RUN, help="Start over when the pool exists.")] = False
     join: Annotated[
-        bool, _option("--join", panel=_RUN, help="Share the work with other runs on the same pool that join too.")
-    ] = False
+        bool | None,
+        _option(
+            "--join/--no-join",
+            panel=_RUN,
+            help="Share the work with other runs on the same pool that join too. Default: where torchrun started several.",
+        ),
+    ] = None
     shard: Annotated[
         str | None, _option("--shard", panel=_RUN, metavar="I/N", help="Only the batches I, I + N, I + 2 N, ...")
     ] = None
@@ -390,6 +396,13 @@ class InvertOptions(ModelOptions):
         else:
             count = -(-DEMO_IMAGES // repeat) * repeat if self.demo else config.batch_size * repeat
         return WorkPlan.balanced(classes, count, config.batch_size, info.num_classes, repeat=repeat)
+
+    @property
+    def joins(self) -> bool:
+        """Several processes of one torchrun have no other way to be useful."""
+        if self.join is not None:
+            return self.join
+        return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     def make_log(self, left: TimeLeft) -> Log:
         """What --log and --tensorboard ask for. TensorBoard wants a folder for each of several runs at a time."""

@@ -1,0 +1,5 @@
+"""``python -m smi``: the command line, for ``torchrun -m smi``."""
+
+from smi.cli import main
+
+main()
