@@ -265,7 +265,7 @@ class InvertOptions(ModelOptions):
         _option(
             "--join/--no-join",
             panel=_RUN,
-            help="Share the work with other runs on the same pool that join too. Default: where torchrun started several.",
+            help="Share the work with other runs on the pool that join too. Default: where torchrun started several.",
         ),
     ] = None
     shard: Annotated[

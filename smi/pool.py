@@ -108,6 +108,10 @@ class PoolWriter:
         """Numbers of the batches that are made, in order, as of now."""
         return _present(self.path, self.plan)
 
+    def has(self, batch: int) -> bool:
+        """Whether the batch is made, as of now."""
+        return shard_path(self.path, batch).exists()
+
     @property
     def missing(self) -> list[int]:
         """Numbers of the batches still to be made, in order."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 _TRIES = 3  # seeds that a batch is tried with
-_LOOK_AGAIN = 2.0  # seconds, while all that is left is in other runs' hands
 
 
 @dataclass(frozen=True)
@@ -159,22 +158,21 @@ def run(
 
 
 def _to_do(writer: PoolWriter, workers: Workers, batches: range, join: bool) -> Iterator[int]:
-    """Batches to make, each claimed for this run; waits for those in other hands, should their owners die."""
+    """Batches to make, each claimed for this run; where runs join it waits for others' should their owners die."""
+    if not join:
+        present = set(writer.present)
+        yield from (batch for batch in batches if batch not in present and workers.take(batch))
+        return
     while True:
         present = set(writer.present)
         missing = [batch for batch in batches if batch not in present]
-        claimed = False
-        for batch in missing:
-            if workers.take(batch):
-                if batch in writer.present:  # made and released since we looked
-                    workers.release(batch)
-                    continue
-                claimed = True
-                yield batch
-        if not missing or not join:
+        if not missing:
             return
-        if not claimed:
-            time.sleep(_LOOK_AGAIN)
+        batch = workers.pick(missing, writer.has)
+        if batch is None:
+            time.sleep(workers.wait())
+        else:
+            yield batch
 
 
 def invert_batch(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _FIXED = 0.05  # share of a dense iteration's cost that a is thought to be before two phases tell
 _BELIEF = 4.0  # how firmly: as many iterations' worth of evidence
 _LOOK_EVERY = 5.0  # seconds between two looks at what joined runs tell
+_FEW = 20  # runs that are looked at so often; of more each looks the less, or the file system would do nothing else
 
 
 class Team(Protocol):
@@ -149,7 +150,8 @@ class TimeLeft:
                 number, seconds = self._gaps
                 gap = now - then - self._cost(batch, 0, iterations)
                 self._gaps = number + 1, seconds + max(gap, 0.0)
-            self._batch, self._looked = batch, -math.inf
+            self._batch = batch
+            self._look_soon()
         self._mark = now, iterations
         self._look()
 
@@ -163,7 +165,8 @@ class TimeLeft:
             self._seen, self._mark = True, (self._clock(), 0)
         self._missing.discard(batch)
         self._images_missing -= len(self._plan.batch(batch))
-        self._batch, self._looked = None, -math.inf
+        self._batch = None
+        self._look_soon()
         self._look()
 
     @property
@@ -223,10 +226,14 @@ class TimeLeft:
         whole = self._pace.seconds(last * batches, images / self._repeat * self._work[last])
         return whole + batches * self._gap()
 
+    def _look_soon(self) -> None:
+        if len(self._others) <= _FEW:
+            self._looked = -math.inf
+
     def _look(self) -> None:
         """Now and then, and whenever a batch begins or ends: tell joined runs of this one, and see how far they are."""
-        now = self._clock()
-        if self._team is None or not self._seen or now - self._looked < _LOOK_EVERY:
+        now, every = self._clock(), _LOOK_EVERY * max(1.0, len(self._others) / _FEW) ** 2
+        if self._team is None or not self._seen or now - self._looked < every:
             return
         self._looked = now
         if self._batch is not None:

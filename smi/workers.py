@@ -3,6 +3,7 @@
     POOL/workers/3f2a91c0.json    a run: host, process, its turn; touched every few seconds while it lives
     POOL/workers/3f2a91c0.name    the run's name, of which every claim is a link, so that no claim is ever half-made
     POOL/workers/00012.claim      the batch that a run has in hand, with the run's name in it
+    POOL/workers/swept            when the files of dead runs were looked for last, where runs are many
     POOL/workers/3f2a91c0.told    how fast a run is, for estimates of the time left; nothing depends on it
 
 A run is dead when its process is gone, on this host, or, on another, when its file was not touched for a while. Ages
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
+import random
 import re
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +38,12 @@ from smi.files import atomic_write, read_bytes, remove_temps, writing
 FOLDER = "workers"
 _NAME = re.compile(r"[0-9a-f]{8}")
 _PROCESS = re.compile(r"\d{1,10}@\d{0,20}", re.ASCII)
+_MANY = 20  # runs, from which on not each sweeps the folder as it comes and goes
+_SWEPT = "swept"  # file whose time says when the last did
+_CLAIM = re.compile(r"\d{5,}\.claim")
+_NEAR = 2  # so many free batches for each that is in hand are near: runs stay together, and seldom want the same
+_TRIES = 4  # batches that a run tries to claim before it looks anew
+_LOOK_AGAIN = 2.0  # seconds, while all that is left is in other runs' hands; more where runs are many
 _MOVED = re.compile(r"\d{5,}\.[0-9a-f]{8}")
 
 
@@ -77,6 +87,7 @@ class Workers:
         self._token = self._folder / f"{self.name}.name"
         self._told = self._folder / f"{self.name}.told"
         self._seen: dict[str, tuple[float, float]] = {}  # name -> time of its file, and when that was seen first
+        self._host, self._clock, self._random = _host(), time.monotonic, random.Random(self.name)
         self._over = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="smi-worker")
         self._claimed: set[int] = set()
@@ -84,9 +95,11 @@ class Workers:
     def __enter__(self) -> Workers:
         mine = self._announce()
         self._bury()
-        while any(other.since is None for other in self.others()):
+        others = self.others()
+        while any(other.since is None for other in others):
             time.sleep(0.01)
-        for other in self.others():
+            others = self.others()
+        for other in others:
             earlier = other.since is not None and (other.since, other.name) < (mine, self.name)
             if earlier and not (other.together and self._together):
                 self._leave()
@@ -109,10 +122,10 @@ class Workers:
 
     def others(self) -> list[Worker]:
         """Runs that live, but for this one."""
-        found = []
+        found, now = [], functools.cache(self._now)
         for file in sorted(self._folder.glob("*.json")):
             worker = _read(file)
-            if worker is not None and worker.name != self.name and self._lives(worker, file):
+            if worker is not None and worker.name != self.name and self._lives(worker, file, now):
                 found.append(worker)
         return found
 
@@ -136,7 +149,7 @@ class Workers:
 
     def _announce(self) -> float:
         """Be seen, then take a turn later than all that are seen. Returns the turn."""
-        me = Worker(self.name, _host(), _process(os.getpid()), self._together, None)
+        me = Worker(self.name, self._host, _process(os.getpid()), self._together, None)
         with writing(self._folder):
             while True:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -152,29 +165,88 @@ class Workers:
                     continue
 
     def _bury(self) -> None:
-        """Remove the files of dead runs; nobody holds what they claimed."""
+        """Remove the files of dead runs; nobody holds what they claimed. Where runs are many, not each time."""
+        if not self._due():
+            return
         with contextlib.suppress(FileNotFoundError):
             remove_temps(self._folder, older=self._patience)
+        runs: dict[Path, list[Path]] = {}
+        now = functools.cache(self._now)
         for file in self._folder.glob("*"):
-            if _MOVED.fullmatch(file.name) or (file.suffix in (".json", ".name", ".told") and not self._stays(file)):
-                for suffix in (".json", ".name", ".told") if file.suffix == ".json" else (file.suffix,):
-                    with contextlib.suppress(OSError):
-                        os.unlink(file.with_suffix(suffix))
+            if _MOVED.fullmatch(file.name):
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+            elif file.suffix in (".json", ".name", ".told"):
+                runs.setdefault(file.with_suffix(".json"), []).append(file)
+        for told, files in runs.items():
+            for file in () if self._stays(told, files[0], now) else files:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
 
-    def _stays(self, file: Path) -> bool:
-        """Whether the file of a run belongs to one that lives, or may be about to begin."""
-        told = file.with_suffix(".json")
+    def _due(self) -> bool:
+        """Whether to look through the files of all runs: among many, where nobody did a moment ago."""
+        if sum(name.endswith(".json") for name in self._names()) <= _MANY:
+            return True
+        swept = self._folder / _SWEPT
+        with contextlib.suppress(OSError):
+            if abs(self._now() - swept.stat().st_mtime) < self._patience / 2:
+                return False
+        with contextlib.suppress(OSError):
+            swept.touch()
+            self._touch(swept)
+        return True
+
+    def _stays(self, told: Path, file: Path, now: Callable[[], float]) -> bool:
+        """Whether `file` belongs to a run that lives, or may be about to begin; `told` says which it is, if there."""
         worker = _read(told)
         if worker is None:
-            return self._young(file)
-        return worker.name == self.name or self._lives(worker, told)
+            return self._young(file, now)
+        return worker.name == self.name or self._lives(worker, told, now)
 
-    def _young(self, file: Path) -> bool:
+    def _young(self, file: Path, now: Callable[[], float]) -> bool:
         """Whether an unfinished file may yet be finished."""
         try:
-            return abs(self._now() - file.stat().st_mtime) < self._patience
+            return abs(now() - file.stat().st_mtime) < self._patience
         except OSError:
             return False
+
+    def pick(self, missing: Sequence[int], made: Callable[[int], bool]) -> int | None:
+        """One of the missing batches for this run to make, or None if others have all of them in hand.
+
+        Of many runs each looks at a few claims alone, drawn at random: those of the dead come last, when no batch is
+        free any more, and what a look costs does not grow with the runs.
+
+        Args:
+            made: whether a batch has been made by now.
+        """
+        left = list(missing)
+        while left:
+            claimed = self._claims()
+            free = [batch for batch in left if batch not in claimed]
+            tried = free[: _NEAR * (len(claimed) + 1)] or left
+            for batch in self._random.sample(tried, min(_TRIES, len(tried))):
+                if self.take(batch):
+                    if not made(batch):
+                        return batch
+                    self.release(batch)
+                    left.remove(batch)
+            if not free:
+                return None
+        return None
+
+    def wait(self) -> float:
+        """Seconds before it is worth while to look again, should `pick` have found none."""
+        among = sum(name.endswith(".json") for name in self._names())
+        return min(_LOOK_AGAIN * (1 + among / 10), self._patience / 2) * self._random.uniform(0.75, 1.25)
+
+    def _claims(self) -> set[int]:
+        """Batches that somebody claims, living or dead."""
+        return {int(name[:-6]) for name in self._names() if _CLAIM.fullmatch(name)}
+
+    def _names(self) -> list[str]:
+        with writing(self._folder), contextlib.suppress(FileNotFoundError):
+            return os.listdir(self._folder)
+        return []
 
     def take(self, batch: int) -> bool:
         """Whether this run may make the batch: no living run has it in hand."""
@@ -224,45 +296,50 @@ class Workers:
     def _held(self, claim: Path) -> bool:
         name = _holder(claim)
         if name == "":  # made a moment ago
-            return self._young(claim)
+            return self._young(claim, self._now)
         if name is None:  # released meanwhile, or none of ours
             return False
         file = self._folder / f"{name}.json"
         worker = _read(file)
-        return worker is not None and self._lives(worker, file)
+        return worker is not None and self._lives(worker, file, self._now)
 
-    def _lives(self, worker: Worker, file: Path) -> bool:
-        if worker.host == _host():
+    def _lives(self, worker: Worker, file: Path, now: Callable[[], float]) -> bool:
+        if worker.host == self._host:
             return worker.process == _process(int(worker.process.split("@")[0]))
         try:
             touched = file.stat().st_mtime
         except OSError:
             return False
         if self._seen.get(worker.name, (None, 0.0))[0] != touched:
-            self._seen[worker.name] = touched, time.monotonic()
-        silent = time.monotonic() - self._seen[worker.name][1]
-        return self._now() - touched < self._patience and silent < self._patience
+            self._seen[worker.name] = touched, self._clock()
+        silent = self._clock() - self._seen[worker.name][1]
+        return now() - touched < self._patience and silent < self._patience
 
     def _now(self) -> float:
         """The file system's time."""
         with writing(self._folder):
             try:
-                os.utime(self._mine)
+                self._touch(self._mine)
             except FileNotFoundError:  # this run slept so long that others took it for dead
                 self._announce()
             return self._mine.stat().st_mtime
 
+    def _touch(self, file: Path) -> None:
+        os.utime(file)
+
     def _beat(self) -> None:
         while not self._over.wait(self._patience / 6):
             with contextlib.suppress(OSError):
-                os.utime(self._mine)
+                self._touch(self._mine)
 
     def _leave(self) -> None:
         with contextlib.suppress(OSError, SmiError):
-            if not self.others():  # then claims that are left are the dead's, of batches that they finished
+            if self._due() and not self.others():  # claims that are left are the dead's, of batches that they finished
                 for claim in self._folder.glob("*.claim"):
                     if not self._held(claim):
                         os.unlink(claim)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._folder / _SWEPT)
         for file in (self._told, self._token, self._mine):
             with contextlib.suppress(OSError):
                 os.unlink(file)

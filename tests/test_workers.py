@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -83,7 +84,7 @@ def test_workers_that_come_and_are_killed_make_the_pool_of_one_run(
     model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many are killed, each with a batch in hand, as others join; the last one finds nothing left undone."""
-    monkeypatch.setattr(smi.run, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(smi.workers, "_LOOK_AGAIN", 0.05)
     pool, made = tmp_path / "pool", tmp_path / "made"
     doomed = [start(model, pool, made, pause=0.2, join=True) for _ in range(kills)]
     wait_for(lambda: len(list((pool / "workers").glob("*.claim"))) >= kills)
@@ -288,3 +289,44 @@ def test_a_joined_run_tells_of_itself_and_knows_when_nothing_is_left(model: smi.
     told, files = seen[-1]
     assert told is not None and 0 <= told < 1 and len(files) == 1
     assert left.seconds == 0
+
+
+# --- many runs ---
+
+
+def test_free_batches_come_before_those_of_the_dead_and_made_ones_never(tmp_path: Path) -> None:
+    folder = tmp_path / "workers"
+    with Workers(tmp_path, together=True) as ours:
+        (folder / "00003.claim").write_text("0123abcd")  # of a run that is no more
+        assert ours.pick([3], {3}.__contains__) is None and not (folder / "00003.claim").exists()
+        (folder / "00003.claim").write_text("0123abcd")
+        made = {5}
+        picked = {ours.pick([b for b in (2, 3, 4, 5) if not ours.holds(b)], made.__contains__) for _ in range(2)}
+        assert picked == {2, 4}
+        assert ours.pick([3, 5], made.__contains__) == 3
+        with Workers(tmp_path, together=True) as theirs:
+            assert theirs.pick([2, 3, 4], made.__contains__) is None
+
+
+def test_what_a_pick_asks_of_the_file_system_does_not_grow_with_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(Workers, "take", lambda self, batch: calls.append(batch) or False)
+    with Workers(tmp_path, together=True) as ours:
+        for batch in range(500):
+            (tmp_path / "workers" / f"{batch:05d}.claim").write_text("0123abcd")
+        assert ours.pick(range(500), lambda _: False) is None
+        assert len(calls) <= 8
+        assert 1 < ours.wait() < 3
+        monkeypatch.setattr(ours, "_names", lambda: [f"{run:08x}.json" for run in range(1000)])
+        assert 20 < ours.wait() < 40
+
+
+def test_those_that_begin_together_spread(tmp_path: Path) -> None:
+    """Ten at once want one of a thousand batches; nearly as many tries as runs get one."""
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(Workers(tmp_path, together=True)) for _ in range(10)]
+        picked = [run.pick(range(1000), lambda _: False) for run in runs]
+        assert len(set(picked)) == 10 and None not in picked
+        assert max(batch for batch in picked if batch is not None) < 2 * 11  # and the pool fills from its start
