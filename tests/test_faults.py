@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -28,6 +29,10 @@ from smi.export import export_pool
 from smi.files import atomic_write, put_folder, temp_folder
 from smi.pool import Pool
 from smi.pool_tools import merge, verify
+from smi.quantization import Quantized
+from smi.report import write_report
+from smi.report_data import collect
+from smi.report_page import render
 from smi.transfer import TransferConfig, teach
 from smi.workers import Workers
 
@@ -211,9 +216,13 @@ def assert_tells_of_room(message: str, folder: Path) -> None:
     assert "is full" in message and "free some space and run the same command again" in message
 
 
-@pytest.mark.parametrize("what", ["pool", "merge", "export", "transfer", "config"])
-def test_a_full_disk_is_said_and_after_room_is_made_it_goes_on(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["pool", "merge", "export", "transfer", "config", "report"])
+def test_a_full_disk_is_said_and_after_room_is_made_it_goes_on(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = fill_pool(tmp_path / "pool")
+    if what == "report":
+        rendered(monkeypatch, pool)
     disk = tmp_path / "disk"
     disk.mkdir()
     out = disk / "out"
@@ -223,6 +232,7 @@ def test_a_full_disk_is_said_and_after_room_is_made_it_goes_on(what: str, tmp_pa
         "export": lambda: export_pool(pool, out, "imagefolder", overwrite=True),
         "transfer": lambda: teach(student(), pool, out, SHORT, device="cpu"),
         "config": lambda: CONFIG.save(out),
+        "report": lambda: write_report(pool, out),
     }
     messages = []
     for message in full_everywhere(disk, acts[what]):
@@ -238,6 +248,49 @@ def test_a_full_disk_is_said_and_after_room_is_made_it_goes_on(what: str, tmp_pa
         assert_whole(out)
     if what == "config":
         assert Config.load(out) == CONFIG
+
+
+def rendered(monkeypatch: pytest.MonkeyPatch, pool: Path) -> bytes:
+    """The report of `pool`, drawn once: drawing takes a second, and is not what is at risk."""
+    opened = Pool(pool)
+    drawn = render(collect(opened, opened.info, opened.config), opened.manifest, planned=18)
+    monkeypatch.setattr("smi.report_page.render", lambda *_, **__: drawn)
+    return drawn[0].encode()
+
+
+def test_a_report_killed_at_any_call_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, out = fill_pool(tmp_path / "pool"), tmp_path / "out" / "page.html"
+    new = rendered(monkeypatch, pool)
+    out.parent.mkdir()
+    atomic_write(out, b"old")
+    for _ in killed_everywhere(out.parent, lambda: write_report(pool, out)):
+        assert out.read_bytes() in (b"old", new)
+    assert out.read_bytes() == new
+
+
+def test_a_full_disk_leaves_the_older_quantization_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing alone: what is written stands for a program and its record."""
+
+    def write(_: Any, folder: Path, onnx: bool) -> dict[str, Any]:
+        for name in ("model.pt2", "quantization.json"):
+            with open(folder / name, "w") as file:
+                file.write("new")
+        return {}
+
+    monkeypatch.setattr(Quantized, "_write", write)
+    disk = tmp_path / "disk"
+    out = disk / "out"
+    out.mkdir(parents=True)
+    for name in ("model.pt2", "quantization.json"):
+        (out / name).write_text("old")
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Quantized))
+    quantized = Quantized(**{**parts, "float_bytes": 1000})
+    messages = []
+    for message in full_everywhere(disk, lambda: quantized.save(out, overwrite=True)):
+        assert_tells_of_room(message, out)
+        assert {file.read_text() for file in out.iterdir()} == {"old"} and os.listdir(disk) == ["out"]
+        messages.append(message)
+    assert messages and {file.read_text() for file in out.iterdir()} == {"new"}
 
 
 @pytest.fixture
