@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import smi
 import smi_kernels
 import smi_kernels.backends
-from smi.adapters.timm import TokenFeed
+from smi.adapters.timm_feed import TokenFeed
 from smi.adapters.timm_quantize import TokenModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import smi_kernels
 from smi.adapters.timm import SparseModel
 from smi.augment import NOISE, draw_offsets, normal_images
+from smi.checks import check_fit, check_indices, check_targets
 from smi.config import Config
 from smi.errors import SmiError
 from smi.flops import count_flops
@@ -84,9 +84,9 @@ class Inversion:
         check_fit(model, self.config)
         self.model = model
         info = model.info
-        self.targets = _check_targets(targets, info.num_classes).to(model.device)
+        self.targets = check_targets(targets, info.num_classes).to(model.device)
         B = self.targets.shape[0]
-        self.indices = list(range(B)) if indices is None else _check_indices(indices)
+        self.indices = list(range(B)) if indices is None else check_indices(indices)
         if len(self.indices) != B:
             raise SmiError(f"there are {B} targets and {len(self.indices)} image numbers; give one for each.")
         self._numbers, self._parts = self.indices, list[Part]()
@@ -439,67 +439,6 @@ class Inversion:
         shown = images[: self.config.snapshots].detach()
         shown = shown * self._std.view(-1, 1, 1) + self._mean.view(-1, 1, 1)
         return (shown * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def check_fit(model: SparseModel, config: Config) -> None:
-    """Raises `SmiError` if `model` cannot be inverted as `config` says."""
-    if model.precision != config.precision:
-        raise SmiError(
-            f"the model runs in {model.precision}, the config asks for {config.precision}; give both the same."
-        )
-    if config.model_ranking not in ("auto", model.info.ranking):
-        raise SmiError(
-            f"the model ranks by {model.info.ranking}, the config asks for {config.ranking}; give both the same."
-        )
-    if model.merge_to != config.model_merge_to:
-        raise SmiError(
-            f"the model was made with merge_to={model.merge_to}, the config asks for {config.model_merge_to} (strategy "
-            f"{config.strategy!r}); give both the same."
-        )
-    if config.cross_entropy and not model.has_head:
-        raise SmiError(
-            f"{model.info.name} has no classification head for cross-entropy to the targets; create it with "
-            f"num_classes= or a tag that has one, or set cross_entropy to 0 and give objectives of your own."
-        )
-    config.schedule(model.info.num_patches)
-
-
-def _check_indices(indices: Sequence[int]) -> list[int]:
-    try:
-        numbers = [operator.index(number) for number in indices]
-    except TypeError:
-        raise SmiError(f"image numbers are {list(indices)}; expected integers.") from None
-    if min(numbers, default=0) < 0:
-        raise SmiError(f"image number {min(numbers)} does not exist; expected numbers from 0.")
-    return numbers
-
-
-def _check_targets(targets: Tensor | Sequence[int], num_classes: int) -> Tensor:
-    try:
-        tensor = torch.as_tensor(targets)
-    except (TypeError, ValueError) as error:
-        raise SmiError(f"targets are not numbers: {error}; expected class indices or probabilities.") from None
-    if tensor.ndim == 2 and len(tensor) and tensor.is_floating_point():
-        if tensor.shape[1] != num_classes:
-            raise SmiError(f"soft targets have {tensor.shape[1]} columns; expected {num_classes}, one for each class.")
-        if not torch.isfinite(tensor).all() or (tensor < 0).any() or not tensor.sum(1).sub(1).abs().lt(1e-3).all():
-            raise SmiError("soft targets are not probabilities; expected rows of numbers >= 0 that sum to 1.")
-        return tensor
-    if (
-        tensor.ndim != 1
-        or not len(tensor)
-        or tensor.is_floating_point()
-        or tensor.is_complex()
-        or tensor.dtype == torch.bool
-    ):
-        raise SmiError(
-            f"targets have shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected class indices (B,) or "
-            f"probabilities (B, {num_classes})."
-        )
-    wrong = tensor[(tensor < 0) | (tensor >= num_classes)]
-    if len(wrong):
-        raise SmiError(f"class {wrong[0].item()} does not exist; the model has classes 0 to {num_classes - 1}.")
-    return tensor.long()
 
 
 def invert(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smi.augment import seed_of
+from smi.checks import check_fit
 from smi.errors import SmiError
-from smi.inversion import Inversion, check_fit
+from smi.inversion import Inversion
 from smi.objectives import Objective, Objectives
 from smi.pool import PoolWriter
 from smi.state import Result, joined

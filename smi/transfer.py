@@ -26,7 +26,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.adapters.timm import TokenFeed, resolve_device
+from smi.adapters.timm import resolve_device
+from smi.adapters.timm_feed import TokenFeed
 from smi.dataset import Fill
 from smi.errors import SmiError, did_you_mean
 from smi.files import atomic_write, check_inside, remove_temps, writing
