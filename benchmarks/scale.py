@@ -106,8 +106,9 @@ def _costs(counted: dict[str, Any]) -> str:
     price     = GPU-hours x price of a GPU-hour
 
 Operations are counted (`smi.flops`: forward, and gradient of the pixels), for the preset `{counted["preset"]}` at
-224 x 224; `smi plan MODEL --num-images N` counts them for a model, config and number of yours, and times the device at
-hand. Rates on GPUs are **not measured**: the last two columns ASSUME {ASSUMED:.0%} of {PEAK / 1e12:.0f} TFLOP/s (bf16
+224 x 224; `smi plan MODEL --num-images N --price PER_HOUR` counts them for a model, config and number of yours, times
+the device at hand and tells what a million images cost on it. Rates on GPUs are **not measured**:
+the last two columns ASSUME {ASSUMED:.0%} of {PEAK / 1e12:.0f} TFLOP/s (bf16
 without sparsity, data sheet of the H100 SXM); of half the utilisation hours are twice as many. Four of rebirth's
 images come of one trajectory.
 

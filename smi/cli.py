@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from smi._version import __version__
@@ -29,6 +27,7 @@ from smi.cli_options import (
     parse_duration,
     parse_shard,
 )
+from smi.cli_plan import PlanOptions, plan, show_plan
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
 from smi.cli_progress import duration, emit, make_reporter, size
@@ -39,9 +38,8 @@ from smi.errors import SmiError
 
 if TYPE_CHECKING:
     from smi.inversion import Inversion
-    from smi.predict import Prediction
     from smi.run import RunSummary
-    from smi.state import ModelInfo, Result
+    from smi.state import Result
 
 # timm's modules whose models have the patch_drop slot on an embedding that can be taken apart.
 _TIMM_MODULES = ("vision_transformer", "deit", "eva")
@@ -167,21 +165,9 @@ def invert(options: InvertOptions) -> None:
       smi invert embedded:teacher --loss margin:weight=0.5 --loss low_pass:cutoff=0.3,weight=0.1
     """
     if options.dry_run:
-        _plan(options)
+        show_plan(options)
         return
     _invert(options)
-
-
-def plan(options: InvertOptions) -> None:
-    """Predict time, memory and disk of an inversion; takes the options of [bold]smi invert[/bold].
-
-    Arithmetic is counted, time is measured on a few real iterations of each phase.
-
-    [bold]Example[/bold]
-
-      smi plan deit_base_patch16_224.fb_in1k -n 128 --preset paper-quant
-    """
-    _plan(options)
 
 
 def _invert(options: InvertOptions) -> None:
@@ -270,48 +256,6 @@ def _command(*words: str | Path) -> str:
     return shlex.join(str(word) for word in words)
 
 
-def _plan(options: InvertOptions) -> None:
-    config = options.make_config()
-    model = options.load(config)
-    config = options.fit_schedule(config, model)
-    plan = options.make_plan(model.info, config)
-
-    from smi.predict import predict
-
-    prediction = predict(model, plan, config, objectives=options.make_objectives(model))
-    if options.json:
-        emit(
-            "plan",
-            model=asdict(model.info),
-            config=config.to_dict(),
-            out=str(options.pool(config)),
-            **asdict(prediction),
-        )
-    else:
-        _print_prediction(prediction, model.info, model.where)
-
-
-def _print_prediction(prediction: Prediction, info: ModelInfo, device: str) -> None:
-    table = Table(title=f"{info.name} on {device}, one batch", title_justify="left")
-    for name in ("iterations", "patches", "GFLOP each", "s each", "time"):
-        table.add_column(name, justify="right")
-    for phase in prediction.phases:
-        table.add_row(
-            f"{phase.start}-{phase.stop - 1}",
-            f"{phase.kept}",
-            f"{phase.flops / 1e9:.2f}",
-            f"{phase.seconds:.3f}",
-            duration(phase.seconds * phase.iterations),
-        )
-    Console().print(table)
-    how = "measured" if prediction.memory_measured else "estimated"
-    print(f"images  {prediction.images} in {prediction.batches} batches")
-    print(f"time    {duration(prediction.seconds)} (extrapolated from a few iterations)")
-    print(f"work    {prediction.flops / 1e12:.2f} TFLOP (counted)")
-    print(f"memory  {size(prediction.memory_bytes)} at the peak ({how})")
-    print(f"disk    {size(prediction.disk_bytes)}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(ModelOptions):
     """What `smi doctor` takes."""
@@ -362,7 +306,7 @@ def _plain(label: str, value: Any) -> str:
 
 _WITH_OPTIONS = (
     (invert, InvertOptions),
-    (plan, InvertOptions),
+    (plan, PlanOptions),
     (schedule, InvertOptions),
     (doctor, DoctorOptions),
     (quantize, QuantizeOptions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -349,6 +350,17 @@ def test_plan_prints_phases_and_totals(call: Call, tmp_path: Path, monkeypatch: 
     for text in ("0-3", "4-7", "8-11", "6 in 3 batches", "(counted)", "(estimated)", "disk"):
         assert text in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_tells_the_price(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, printed, _ = call("plan", *TINY, *SHORT, "-n", 6, "--price", 3600, "--json")
+    told = json.loads(printed)
+    assert told["price"] == pytest.approx(told["seconds"])
+    _, printed, _ = call("plan", *TINY, *SHORT, "-n", 6, "--price", 3600)
+    one, million = (float(text.replace(",", "")) for text in re.findall(r"[\d,]+\.\d\d", printed.splitlines()[-1]))
+    assert million == pytest.approx(1e6 * one / 6, rel=0.05 / one)
+    assert_one_line(call("plan", *TINY, "--price", -1), "--price is -1; expected what the device costs an hour")
 
 
 def test_dry_run_is_plan(call: Call, tmp_path: Path) -> None:
