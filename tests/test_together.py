@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from small import N, one_thread, tiny  # noqa: F401
+from torch.nn import functional as F
 
-from smi import Config, SparseModel, WorkPlan
+from smi import Config, Inversion, SparseModel, WorkPlan
 from smi.predict import predict
+from smi.run import run
+from smi.transfer import TransferConfig, teach
 
+FUSION = Config(strategy="fusion", iterations=4, batch_size=4, snapshots=1)
 REBIRTH = Config(strategy="rebirth", division=8, iterations=16, batch_size=1, snapshots=1)
 
 
@@ -19,3 +26,34 @@ def test_rebirth_is_predicted_whatever_the_schedule_of_others(prune_ratio: tuple
     config = REBIRTH.replace(prune_at=(4, 8)[: len(prune_ratio)], prune_ratio=prune_ratio)
     found = predict(SparseModel(tiny()), WorkPlan((0,) * 8, 8), config.resolved())
     assert [(p.start, p.kept) for p in found.phases] == [(2 * k, N - 2 * k) for k in range(8)]
+
+
+# --- what the teacher says ---
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_images_of_fusion_are_judged_by_the_teacher_itself(pool: str, backend: str) -> None:
+    model = tiny(depth=4, global_pool=pool).eval()
+    sparse = SparseModel(model, merge_to=0.25, backend=backend)
+    inversion = Inversion(sparse, [0, 3, 1], FUSION)
+    inversion.step()
+    with torch.no_grad():
+        before = sparse.feed(inversion.images)[0]
+        inversion.result()
+        assert torch.equal(sparse.feed(inversion.images)[0], before)  # a look changes nothing
+    found = inversion.run()
+    with torch.no_grad():
+        theirs, merged = model(found.images), sparse.feed(found.images)[0]
+    assert (merged - theirs).abs().max() > 1e-3
+    torch.testing.assert_close(found.logits, theirs, rtol=1e-4, atol=1e-5)
+    wanted = F.cross_entropy(theirs, found.targets, reduction="none")
+    torch.testing.assert_close(found.losses["cross_entropy"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_fusion(tmp_path: Path) -> None:
+    model = tiny(depth=4).eval()
+    run(SparseModel(model, merge_to=0.25), WorkPlan((0, 1, 2, 3) * 2, 4), FUSION, tmp_path / "pool")
+    lesson = TransferConfig(mode="finetune", epochs=1, holdout=0.5, learning_rate=1e-9)
+    found = teach(model, tmp_path / "pool", tmp_path / "student", lesson, device="cpu")
+    assert found.curve[0].holdout_loss < 1e-6 and found.curve[0].agreement == 1
