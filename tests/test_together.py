@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from small import N, one_thread, tiny  # noqa: F401
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+import smi
 from smi import Config, Inversion, SparseModel, WorkPlan
+from smi.cli import app
+from smi.losses import low_pass, margin
 from smi.predict import predict
+from smi.report import write_report
 from smi.run import run
 from smi.transfer import TransferConfig, teach
 
 FUSION = Config(strategy="fusion", iterations=4, batch_size=4, snapshots=1)
 REBIRTH = Config(strategy="rebirth", division=8, iterations=16, batch_size=1, snapshots=1)
+
+
+def said(*words: object) -> str:
+    """What a command prints, which is all that it has to say."""
+    found = CliRunner().invoke(app, [str(word) for word in words])
+    assert found.exit_code == 0, found.output
+    return found.output
 
 
 # --- predictions ---
@@ -57,3 +70,33 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_fusion(tmp_path
     lesson = TransferConfig(mode="finetune", epochs=1, holdout=0.5, learning_rate=1e-9)
     found = teach(model, tmp_path / "pool", tmp_path / "student", lesson, device="cpu")
     assert found.curve[0].holdout_loss < 1e-6 and found.curve[0].agreement == 1
+
+
+# --- what pools say of themselves ---
+
+
+def text_of(page: Path) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", page.read_text(), flags=re.S)).split())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pools_tell_of_their_losses_and_method(packed: bool, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    for config, told, shown in (
+        (FUSION.replace(merge_to=0.5), "all 16 patches, merged inside the network to 0.5 of them", "merged to 50%"),
+        (
+            REBIRTH.replace(division=2, iterations=4, batch_size=2, ranking="gradient_input"),
+            "all 16 patches, 8 from 2, 2 images of each trajectory, ranked by gradient_input",
+            "another image of its trajectory; the 2 images of one follow each other",
+        ),
+    ):
+        pool = tmp_path / config.strategy
+        model = SparseModel(tiny(depth=4), merge_to=config.model_merge_to)
+        run(model, WorkPlan((0, 0, 1, 1), 4), config, pool, objectives=[margin(weight=0.5), low_pass(weight=2.0)])
+        pool = smi.pack(pool, tmp_path / f"packed-{pool.name}").path if packed else pool
+        losses = "0.5 * margin(confidence=None), 2.0 * low_pass(cutoff=0.25)"
+        info = said("info", pool)
+        assert told in info and f"those of the config, {losses}" in info
+        page = text_of(write_report(pool, tmp_path / "report.html"))
+        assert shown in page and f"Losses beyond the config's: {losses}." in page
+        assert f"losses beyond these {losses} Provenance" in page
