@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import smi
-from smi import Config, Inversion, SparseModel, WorkPlan
+from smi import CompareConfig, Config, Inversion, SmiError, SparseModel, WorkPlan
+from smi.calibration import from_pool
 from smi.cli import app
 from smi.losses import low_pass, margin
 from smi.predict import predict
@@ -100,3 +101,30 @@ def test_pools_tell_of_their_losses_and_method(packed: bool, tmp_path: Path) -> 
         page = text_of(write_report(pool, tmp_path / "report.html"))
         assert shown in page and f"Losses beyond the config's: {losses}." in page
         assert f"losses beyond these {losses} Provenance" in page
+
+
+# --- trajectories ---
+
+
+@pytest.mark.parametrize(("asked", "calibrate", "held"), [(None, 20, [20, 21]), (9, 9, [12, 13]), (20, 20, [20, 21])])
+def test_calibration_and_what_it_is_checked_on_share_no_trajectory(
+    asked: int | None, calibrate: int, held: list[int], tmp_path: Path
+) -> None:
+    config = REBIRTH.replace(division=4, iterations=8, batch_size=6)
+    run(SparseModel(tiny()), WorkPlan((0, 0, 0, 0) * 6, 24), config, tmp_path / "pool")
+    found = from_pool(tmp_path / "pool", images=asked)
+    images = smi.Pool(tmp_path / "pool").load(0).images
+    assert torch.equal(torch.cat([shown for shown, _ in found.read()]), images[:calibrate])
+    assert torch.equal(found.held_out, images[held])
+    with pytest.raises(SmiError, match="has 24 images; expected at least 25: 24 to calibrate and one of another traj"):
+        from_pool(tmp_path / "pool", images=21)
+
+
+# --- comparisons ---
+
+
+def test_a_comparison_says_which_setting_is_another(tmp_path: Path) -> None:
+    how = CompareConfig(strategies=("dense",), images=2, points=(1.0,))
+    smi.compare(tiny(), tmp_path / "c", FUSION, how)
+    with pytest.raises(SmiError, match=r"another config: merge_to: 0\.25, this one has 0\.5; choose another folder"):
+        smi.compare(tiny(), tmp_path / "c", FUSION.replace(merge_to=0.5), how)
