@@ -52,7 +52,8 @@ def from_pool(
     """The first images of a pool.
 
     Args:
-        images: how many calibrate; default all but a tenth, at least one and at most 64, which are held out.
+        images: how many calibrate; default all but about a tenth, at least one and at most 64, which are held out.
+            Those are of other trajectories than the ones that calibrate, with which they would share pixels.
         fill: None feeds the kept patches alone; else all are fed, with dropped ones replaced, see
             `smi.dataset.fill_dropped`.
 
@@ -60,7 +61,9 @@ def from_pool(
         SmiError: empty or damaged pool, too few images.
     """
     pool = open_filled(pool, fill or "as-is")
-    count, held = _split(f"the pool {str(pool.path)!r}", len(pool), images)
+    repeat = pool.config.images_per_trajectory
+    count, held = _split(f"the pool {str(pool.path)!r}", len(pool), images, repeat)
+    first_held = _whole(count, repeat)
     sparse = fill is None and pool.load(pool.batches[0]).keep.shape[1] < pool.info.num_patches
 
     def rows(start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,7 +91,7 @@ def from_pool(
         source | {"strategy": pool.config.strategy, "seed": pool.config.seed},
         count,
         read,
-        torch.cat([shown for shown, _ in rows(count, count + held)]).clone(),
+        torch.cat([shown for shown, _ in rows(first_held, first_held + held)]).clone(),
         sparse,
         pool.info.weights_sha256,
     )
@@ -150,16 +153,27 @@ def from_noise(info: ModelInfo, *, images: int = 32, seed: int = 0, batch_size: 
     return Calibration({"kind": "noise", "seed": seed}, images, read, held_out)
 
 
-def _split(what: str, total: int, images: int | None) -> tuple[int, int]:
+def needed(images: int = MINIMUM, repeat: int = 1) -> int:
+    """Images that a source must have to calibrate on so many, where `repeat` at a time are of one trajectory."""
+    return _whole(images, repeat) + 1
+
+
+def _whole(images: int, repeat: int) -> int:
+    """Images of the trajectories that the first `images` are of."""
+    return -(-images // repeat) * repeat
+
+
+def _split(what: str, total: int, images: int | None, repeat: int = 1) -> tuple[int, int]:
     """How many images calibrate, and how many are held out. Raises `SmiError` where they are too few."""
     if images is not None and images < MINIMUM:
         raise SmiError(f"{images} images are to calibrate; expected at least {MINIMUM}.")
-    wanted = (images or MINIMUM) + 1
+    wanted = needed(images or MINIMUM, repeat)
     if total < wanted:
+        other = "one" if repeat == 1 else "one of another trajectory"
         raise SmiError(
-            f"{what} has {total} images; expected at least {wanted}: {wanted - 1} to calibrate and one to compare on. "
-            f"Make more, or name another source."
+            f"{what} has {total} images; expected at least {wanted}: {wanted - 1} to calibrate and {other} to compare "
+            f"on. Make more, or name another source."
         )
     held = max(1, min(64, total // 10))
-    count = total - held if images is None else images
-    return max(count, MINIMUM), min(held, total - max(count, MINIMUM))
+    count = max((total - held) // repeat * repeat, MINIMUM) if images is None else images
+    return count, min(held, total - _whole(count, repeat))

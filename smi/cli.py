@@ -37,6 +37,7 @@ from smi.cli_transfer import TransferOptions, transfer
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from smi.config import Config
     from smi.inversion import Inversion
     from smi.run import RunSummary
     from smi.state import Result
@@ -426,7 +427,6 @@ def info(
         print(json.dumps({**opened.manifest, "batches_done": opened.batches, "summary": facts}))
         return
     manifest, config = opened.manifest, opened.config
-    stages = [f"{kept} from {t}" for t, kept in config.schedule(opened.info.num_patches).items()]
     done, batches = len(opened.batches), opened.plan.num_batches
     print(f"{pool}: {len(opened)} of {len(opened.plan.targets)} images, {done} of {batches} batches")
     rows = {
@@ -434,14 +434,27 @@ def info(
         "made": f"{manifest['created']} on {manifest['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "method": f"{config.strategy}, {config.semantics}, {config.iterations} iterations, seed {config.seed}",
-        "losses": ", ".join(opened.objectives) or "those of the config",
-        "schedule": ", ".join([f"all {opened.info.num_patches} patches", *stages]),
+        "losses": ", ".join(["those of the config", *opened.objectives]),
+        "schedule": ", ".join(_stages(config, opened.info)),
         "classes": f"{len(set(opened.plan.targets))} of {opened.info.num_classes}",
     }
     for label, value in rows.items():
         print(f"  {label:<10}{value}")
     if facts:
         _print_agreement(facts)
+
+
+def _stages(config: Config, info: ModelInfo) -> list[str]:
+    """What is fed from which iteration on, and what becomes of the rest, in words."""
+    stages = [f"all {info.num_patches} patches"]
+    stages += [f"{kept} from {t}" for t, kept in config.schedule(info.num_patches).items()]
+    if config.strategy == "fusion":
+        stages.append(f"merged inside the network to {config.merge_to:g} of them")
+    if config.strategy == "rebirth":
+        stages.append(f"{config.division} images of each trajectory")
+    if config.strategy in ("sparse", "rebirth"):
+        stages.append(f"ranked by {info.ranking if config.ranking == 'auto' else config.ranking}")
+    return stages
 
 
 def main() -> None:

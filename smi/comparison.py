@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from smi.adapters.timm import SparseModel, weights_hash
-from smi.calibration import MINIMUM, from_pool
+from smi.calibration import from_pool, needed
 from smi.comparison_plan import CompareConfig, allot, flops_per_image
 from smi.config import Config
 from smi.errors import SmiError
@@ -231,13 +231,15 @@ class Comparison:
             TokenModel(self.model.original)
 
     def _check_counts(self) -> None:
-        needed = MINIMUM + 1 if self.data is not None and self.how.weights else 1
-        if self.student is not None:
-            needed = max(needed, math.ceil(1 / self.lesson.holdout))
         for name, allotment in self.allotments.items():
-            if allotment.looked_at[0] < needed:
+            repeat, wanted = self.repeats[name], 1
+            if self.data is not None and self.how.weights:
+                wanted = needed(repeat=repeat)
+            if self.student is not None:  # a trajectory to hold out, and one to learn from
+                wanted = max(wanted, math.ceil(1 / self.lesson.holdout), 2 * repeat)
+            if allotment.looked_at[0] < wanted:
                 raise SmiError(
-                    f"the first point has {allotment.looked_at[0]} images of {name}, and judging them needs {needed}; "
+                    f"the first point has {allotment.looked_at[0]} images of {name}, and judging them needs {wanted}; "
                     f"use more images than {self.how.images}, or larger points."
                 )
 
@@ -260,9 +262,10 @@ class Comparison:
         theirs = _read(self.out / "settings.json") or settings
         for name in settings:
             if theirs.get(name) != settings[name]:
+                what, old, new = _first_difference(name, theirs.get(name), settings[name])
                 raise SmiError(
-                    f"{str(self.out)!r} holds a comparison with another {name}: "
-                    f"{str(theirs.get(name))[:80]}, this one has {str(settings[name])[:80]}; choose another folder."
+                    f"{str(self.out)!r} holds a comparison with another {what}: {str(old)[:80]}, this one has "
+                    f"{str(new)[:80]}; choose another folder."
                 )
 
     def _pool(self, method: str, seed: int) -> Path:
@@ -316,6 +319,15 @@ class Comparison:
                 for images in allotment.looked_at
             },
         }
+
+
+def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """Where two settings that differ do so first: its name, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**new, **old}:
+            if old.get(key) != new.get(key):
+                return _first_difference(f"{name}: {key}", old.get(key), new.get(key))
+    return name, old, new
 
 
 def _read(path: Path) -> dict[str, Any] | None:

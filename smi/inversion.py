@@ -248,7 +248,8 @@ class Inversion:
         parts = [Part(self.iteration, images, keep)]
         if self.strategy.detaches:
             parts = [*self._parts, Part(self.iteration, images, self._last_part())]
-        fed = [self._feed(part.images, part.keep if self.schedule else None)[0] for part in parts]
+        with self.model.unmerged():  # merging serves the making of images; what they show is for the teacher to say
+            fed = [self._feed(part.images, part.keep if self.schedule else None)[0] for part in parts]
         losses = [
             {
                 name: term(Context(part.taken_at, part.images, logits, self.targets, part.keep, None))

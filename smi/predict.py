@@ -167,12 +167,13 @@ def _time_phases(
     full = len(plan.batch(0)) // repeat
 
     def start(batch: int, phase_length: int, phases: int) -> Inversion:
-        rebirth = config.strategy == "rebirth"
+        rebirth, scheduled = config.strategy == "rebirth", config.strategy in ("sparse", "random")
+        prunings = range(1, phases if scheduled else 1)  # those of rebirth follow from its division
         short = config.replace(
             strategy="dense" if rebirth and phases == 1 else config.strategy,
             iterations=phase_length * phases,
-            prune_at=tuple(phase_length * i for i in range(1, phases)),
-            prune_ratio=config.prune_ratio[: phases - 1],
+            prune_at=tuple(phase_length * i for i in prunings),
+            prune_ratio=config.prune_ratio[: len(prunings)],
             tolerance=0.0,
             best=False,
             snapshots=0,

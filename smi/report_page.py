@@ -86,7 +86,7 @@ def render(tally: Tally, manifest: Mapping[str, Any], *, planned: int) -> tuple[
         manifest: of the pool, for the data card.
         planned: images of the whole work plan.
     """
-    page = _Page(tally)
+    page = _Page(tally, manifest.get("objectives") or ())
     model = _text(tally.info.name)
     body = "\n".join(
         [
@@ -110,10 +110,14 @@ def render(tally: Tally, manifest: Mapping[str, Any], *, planned: int) -> tuple[
 
 
 class _Page:
-    """The sections in order; every picture drawn on the way is kept in `files`."""
+    """The sections in order; every picture drawn on the way is kept in `files`.
 
-    def __init__(self, tally: Tally) -> None:
-        self.tally = tally
+    Args:
+        losses: `smi.Objective.identity` of those beyond the config's.
+    """
+
+    def __init__(self, tally: Tally, losses: Sequence[str]) -> None:
+        self.tally, self.losses = tally, losses
         self.summary = tally.summary()
         self.prunings = sorted(tally.prunings)
         self.files: dict[str, bytes] = {}
@@ -125,9 +129,14 @@ class _Page:
         if s["images"] < planned:
             done = f"{s['images']:,} of {planned:,} planned images"
         geometry = f"{info.input_size[2]} × {info.input_size[1]} pixels, {info.num_patches} patches"
+        how = {
+            "rebirth": f" ({config.division} images of each trajectory)",
+            "fusion": f" (tokens merged to {config.merge_to:.0%} of the patches)",
+        }.get(config.strategy, "")
+        losses = f" Losses beyond the config's: {_text(', '.join(self.losses))}." if self.losses else ""
         yield (
             f'<p class="lead">{done} of {_count(s["classes"], "class", "classes")}, {geometry}. Strategy '
-            f"<b>{_text(config.strategy)}</b>, <b>{_text(config.semantics)}</b> semantics.</p>"
+            f"<b>{_text(config.strategy)}</b>{how}, <b>{_text(config.semantics)}</b> semantics.{losses}</p>"
         )
         yield '<div class="tiles">'
         yield _tile("teacher agreement", _percent(s["teacher_agreement"]), "argmax of the stored logits is the target")
@@ -170,6 +179,11 @@ class _Page:
             yield "Dimmed patches were dropped at that iteration or before; stages are pictured as their pruning began."
         else:
             yield "Dimmed patches were dropped on the way."
+        if self.prunings and config.strategy == "rebirth":
+            yield (
+                f"A dropped patch has gone to another image of its trajectory; the {config.division} images of one "
+                "follow each other."
+            )
         if self.prunings and config.result_mask == "reranked":
             yield (
                 "The result shows the stored mask instead, which was ranked once more on a dense pass over the final "
@@ -414,7 +428,8 @@ def _data_card(tally: Tally, manifest: Mapping[str, Any]) -> Iterator[str]:
     }
     model = {k: v for k, v in manifest.get("model", {}).items() if k != "class_names"}
     yield "<details><summary>Data card: model, configuration, provenance</summary>"
-    for title, facts in (("Model", model), ("Configuration", tally.config.to_dict()), ("Provenance", provenance)):
+    config = {**tally.config.to_dict(), "losses beyond these": manifest.get("objectives") or ()}
+    for title, facts in (("Model", model), ("Configuration", config), ("Provenance", provenance)):
         rows = "".join(
             f"<tr><td>{_text(str(k))}</td><td><code>{_text(_plain(v))}</code></td></tr>" for k, v in facts.items()
         )

@@ -78,7 +78,7 @@ class Result:
             an image of a rebirth trajectory: at which it left for an earlier image, or this one left without it.
         targets: (B,) int64 class indices.
         indices: (B,) int64 image numbers within the work plan.
-        logits: (B, classes) float32, the teacher's on the kept patches, un-augmented.
+        logits: (B, classes) float32, the teacher's on the kept patches, un-augmented, no tokens merged.
         losses: name -> (B,) float32: the built-in objectives of each final image, unweighted.
         history: name -> (iterations,) float32: mean over the batch of each objective, unweighted, and ``total``.
         snapshots: (S, n, C, H, W) uint8 pictures of the first n images at `snapshot_at`, the last being the result.

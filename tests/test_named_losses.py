@@ -225,7 +225,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert Pool(tmp_path / "p").objectives == ("0.5 * margin(confidence=None)", "1.0 * low_pass(cutoff=0.3)")
     assert {"margin", "low_pass"} <= set(Pool(tmp_path / "p").load(0).history)
     shown = call(app, ["info", str(tmp_path / "p")])
-    assert "losses    0.5 * margin(confidence=None), 1.0 * low_pass(cutoff=0.3)" in shown.output
+    assert "losses    those of the config, 0.5 * margin(confidence=None), 1.0 * low_pass(cutoff=0.3)" in shown.output
     other = call(app, command)
     assert other.exit_code == 2 and "this run has none of its own; give the same losses" in other.stderr
     twice = call(app, [*command, "--overwrite", "--loss", "margin", "--loss", "margin:weight=2"])

@@ -7,6 +7,7 @@ go on. Everything between and after is timm's own code, which is why every famil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import smi_kernels
 import smi_kernels.backends
 from smi.adapters.rollout import attention_rollout
-from smi.adapters.timm_merge import merge_inside, merging_reasons
+from smi.adapters.timm_merge import Merging, merge_inside, merging_reasons
 from smi.adapters.timm_slots import AttentionTap, EmbedSlot, GatherSlot, frozen_twin
 from smi.config import ModelRanking, Precision
 from smi.errors import SmiError, did_you_mean
@@ -156,11 +157,10 @@ class SparseModel:
         self.vit: smi_kernels.SparseViT | None = None
         if not self.against_kernels:
             self.vit = smi_kernels.SparseViT.from_timm(model, precision, device=self.device)
-        self._merges = False
+        self._merging: Merging | None = None
         self.difference = self._check_dense(probe, expected)
         if merge_to is not None:
-            merge_inside(twin, merge_to)
-            self._merges = True
+            self._merging = merge_inside(twin, merge_to)
             if self.vit is not None:
                 self.vit.merge_to = merge_to
 
@@ -185,6 +185,19 @@ class SparseModel:
             merge_to=merge_to,
         )
 
+    @contextlib.contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Inside, no tokens are merged: this is the network itself that speaks."""
+        merging = self._merging is not None
+        networks: list[Any] = [one for one in (self._merging, self.vit) if merging and one is not None]
+        for network in networks:
+            network.merge_to = 1.0
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.merge_to = self.merge_to
+
     def __call__(
         self, images: Tensor, cells: Tensor | None = None, offsets: Tensor | None = None, scores: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +217,7 @@ class SparseModel:
         """
         if self._twin is None:
             raise SmiError("this SparseModel was restored; make a new one of the model.")
-        if scores and self._merges:
+        if scores and self._merging is not None:
             raise SmiError("scores of patches are not to be had while tokens are merged; make one without merge_to.")
         if images.shape[1:] != self.info.input_size:
             C, H, W = self.info.input_size
@@ -242,7 +255,7 @@ class SparseModel:
         Raises:
             SmiError: a block that makes no fused attention call, or several; tokens are merged.
         """
-        if self._merges:
+        if self._merging is not None:
             raise SmiError("attention maps are not to be had while tokens are merged; make one without merge_to.")
         for block in self._twin.blocks:
             for part in block.modules():
@@ -288,7 +301,7 @@ class SparseModel:
             watched: whether `features` are wanted, if any are watched: only the model's own modules have them.
         """
         watched = watched and bool(self._hooks)
-        ranks = self.vit is not None and self._ranking == self.vit.ranking and not self._merges
+        ranks = self.vit is not None and self._ranking == self.vit.ranking and self._merging is None
         if self.vit is not None and not watched and (not scores or ranks):
             with smi_kernels.use_backend(self.backend):
                 found = self.vit(images, keep, offsets, class_attention=scores)

@@ -87,8 +87,11 @@ class PatchMean(nn.Module):
         return torch.cat((x[:, :prefix], (x[:, prefix:] * weight[..., None]).to(x.dtype)), 1)
 
 
-def merge_inside(twin: Any, merge_to: float) -> None:
+def merge_inside(twin: Any, merge_to: float) -> Merging:
     """Put merging into the blocks of a network of timm's without `merging_reasons`; they keep their names.
+
+    Returns:
+        What they share; with another `merge_to` they merge to that.
 
     Raises:
         SmiError: the blocks cannot merge its patches so far.
@@ -104,6 +107,7 @@ def merge_inside(twin: Any, merge_to: float) -> None:
         block.attn.k_norm.register_forward_hook(merging.see_key)
     if twin.global_pool == "avg":
         twin.norm = nn.Sequential(twin.norm, PatchMean(merging))
+    return merging
 
 
 def merging_reasons(model: Any) -> list[str]:
