@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from smi.config import Config
     from smi.inversion import Inversion
     from smi.run import RunSummary
-    from smi.state import Result
+    from smi.state import ModelInfo, Result
 
 # timm's modules whose models have the patch_drop slot on an embedding that can be taken apart.
 _TIMM_MODULES = ("vision_transformer", "deit", "eva")
