@@ -32,14 +32,14 @@ from smi.augment import seed_of
 from smi.errors import SmiError, did_you_mean, reason
 from smi.files import TEMP, atomic_file, atomic_write, sync_folder, writing
 from smi.index import NAME, Index, IndexWriter, regular_size, shard_name
-from smi.pool import FORMAT_VERSION, Pool, encode_png, read_manifest, to_pixels
+from smi.pool import FORMAT_VERSION, PACKED, Pool, encode_png, read_manifest, to_pixels
 from smi.shard import DAMAGE, check_rows, decode_bytes, encode
 from smi.state import ROWS, ModelInfo, Result, WorkPlan
 from smi.tar import END, Record, encode_record, records
 from smi.workers import Workers
 
 Pixels = Literal["float32", "png"]
-MANIFEST, FORMAT = "packed.json", "smi-packed-pool"
+MANIFEST, FORMAT = PACKED, "smi-packed-pool"
 _SHARD = re.compile(r"shard-\d{6,}\.tar")
 _MEMBERS = {"cls", "json", "png", "safetensors"}
 

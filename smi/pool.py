@@ -38,6 +38,7 @@ from smi.shard import DAMAGE, build, check_result, decode, encode, read_hash
 from smi.state import ModelInfo, Result, WorkPlan
 
 FORMAT, FORMAT_VERSION = "smi-pool", 1
+PACKED = "packed.json"  # manifest of the other form, see `smi.packed`
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _PICTURE = re.compile(r"\d{6,}_[a-z0-9-]+\.png")
 _LARGEST_MANIFEST = 1 << 28  # bytes: of some ten million images
@@ -81,6 +82,11 @@ class PoolWriter:
             os.makedirs(self.path, exist_ok=True)
             files = [file for file in os.listdir(self.path) if not TEMP.fullmatch(file) and file != "workers"]
         exists = "manifest.json" in files
+        if PACKED in files:
+            raise SmiError(
+                f"{str(self.path)!r} is a packed pool, to which nothing is added; unpack it with `smi pool merge "
+                f"{self.path} --out FOLDER` and go on there, or choose another folder."
+            )
         if files and not exists:
             raise SmiError(
                 f"{str(self.path)!r} is not a pool and not empty: it holds {sorted(files)[0]!r}. Choose another folder."

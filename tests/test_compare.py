@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -388,6 +389,10 @@ def test_a_refused_call_does_not_claim_the_folder(model: smi.SparseModel, tmp_pa
     few = CompareConfig(strategies=("dense",), images=8, points=(0.1, 1.0))
     assert "a share of 0.1 is less than one trajectory of dense" in refused(few)
     assert "judging them needs 9" in refused(CompareConfig(strategies=("dense",), images=8), data=data)
+    one, long = CompareConfig(strategies=("rebirth",), images=16, points=(1.0,)), CONFIG.replace(iterations=32)
+    assert "16 images of rebirth, and judging them needs 17" in refused(one, long.replace(division=16), data=data)
+    taught = dataclasses.replace(one, weights=0)
+    assert "needs 32" in refused(taught, long.replace(division=16), data=data, student=lambda: tiny(3))
     with pytest.raises(SmiError, match="the judge returns"):
         smi.compare(model, tmp_path / "out", CONFIG, HOW, judge=tiny(3, num_classes=3))
     with pytest.raises(SmiError, match="the judge fails on images of shape"):

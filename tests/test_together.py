@@ -103,6 +103,17 @@ def test_pools_tell_of_their_losses_and_method(packed: bool, tmp_path: Path) -> 
         assert f"losses beyond these {losses} Provenance" in page
 
 
+def test_a_packed_pool_is_not_inverted_into(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    model, plan = SparseModel(tiny(depth=4), merge_to=0.25), WorkPlan((0, 1), 4)
+    run(model, plan, FUSION, tmp_path / "pool")
+    packed = smi.pack(tmp_path / "pool", tmp_path / "packed").path
+    for overwrite in (False, True):
+        with pytest.raises(SmiError, match="is a packed pool, to which nothing is added; unpack it with `smi pool"):
+            run(model, plan, FUSION, packed, overwrite=overwrite)
+    assert len(smi.open_pool(packed)) == 2
+
+
 # --- trajectories ---
 
 
