@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import smi_kernels
 from smi._version import __version__
+from smi.cli import app
 from smi_kernels import backends, native, native_cuda
 
 if sys.version_info >= (3, 11):
@@ -27,7 +30,8 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("smi", "smi_kernels")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
 
 
 def fresh(code: str, **environment: str) -> str:
@@ -44,8 +48,8 @@ def fresh(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_what_the_readme_says_of_smi_is_there_after_importing_it() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_what_the_documents_say_of_smi_is_there_after_importing_it() -> None:
+    text = "".join((ROOT / name).read_text() for name in ("README.md", *PAGES))
     said = {tuple(words.split(".")) for words in re.findall(r"(?<![\w/.-])smi\.([A-Za-z_][\w.]*\w)", text)} - {("cli",)}
     assert ("export", "CalibrationReader") in said
     code = f"import functools, smi\nfor words in {sorted(said)}: functools.reduce(getattr, words, smi)"
@@ -294,9 +298,8 @@ def test_documents_name_only_what_exists(document: str) -> None:
     modules = re.findall(rf"python -m ((?:{'|'.join(PACKAGES)}|benchmarks)(?:\.\w+)*)\b", code)
     targets = re.findall(r"\bmake +([a-z][\w-]*)", code)
     rules = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert targets, "the patterns above no longer fit the document"
     missing = [path for path in paths if not any(ROOT.glob(path))]
-    missing += [link for link in links(text) if not (ROOT / link).exists()]
+    missing += [link for link in links(text) if not (ROOT / document).parent.joinpath(link).exists()]
     for module in modules:
         place = ROOT.joinpath(*module.split("."))
         missing += [] if place.with_suffix(".py").exists() or (place / "__main__.py").exists() else [module]
@@ -308,6 +311,28 @@ def test_document_checks_see_paths_modules_and_targets() -> None:
     text = "make up `a/b.py`\n```bash\nmake demo  # c/d.py\n```\n[x](e/f.md#g) [y](https://h/i.py) `make test`"
     assert code_spans(text).split("\n") == ["make demo  # c/d.py", "", "a/b.py", "make test"]
     assert links(text) == ["e/f.md"]
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    assert {link for link in links((ROOT / "README.md").read_text()) if link.startswith("docs/")} >= set(PAGES)
+
+
+def test_documents_call_smi_with_options_that_it_has() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
+    fenced = "".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    called = set()
+    for line in fenced.replace("\\\n", " ").splitlines():
+        if not (found := re.search(r"(?:^|-m )smi ([a-z].*)", line.split(" #")[0])):
+            continue
+        words = found[1].split()
+        command = commands[words[0]]
+        if isinstance(command, TyperGroup):
+            command = command.commands[words[1]]
+        called.add(command.name)
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, line
+    assert called >= {"invert", "quantize", "transfer", "compare", "verify"}, "the pattern no longer fits"
 
 
 def test_continuous_integration_can_run() -> None:
