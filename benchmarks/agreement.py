@@ -19,8 +19,8 @@ from typing import Any
 import smi
 from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
-from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
+from smi.devices import resolve_device
 from smi.embedded import load_judge
 from smi.report_data import Tally
 

@@ -28,7 +28,7 @@ from benchmarks.baselines_timm import PEERS
 from benchmarks.gate import OURS, Reference
 from benchmarks.implementations import Implementation, begin, random_weights
 from benchmarks.timing import RESULTS, environment, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.errors import SmiError
 
 MODELS = {

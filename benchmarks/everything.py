@@ -32,7 +32,7 @@ import torch
 from benchmarks.baselines import BASELINES
 from benchmarks.end_to_end import ALL, MODELS, OURS
 from benchmarks.timing import environment
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.files import atomic_write
 from smi_kernels import backends
 

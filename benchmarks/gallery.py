@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import smi
-from smi.adapters.timm import resolve_device
 from smi.dataset import patch_mask, pixel_mask
+from smi.devices import resolve_device
 from smi.files import atomic_write
 from smi.pool import to_pixels
 from smi.report_data import Array

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import smi
 import smi_kernels
 from benchmarks.timing import RESULTS, environment, quantiles, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.profile import DTYPES, in_phase
 from smi_kernels import Operation
 

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import smi
 from benchmarks.timing import RESULTS, environment, quantiles, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.flops import count_flops
 from smi.profile import DTYPES, in_phase
 

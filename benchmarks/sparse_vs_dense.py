@@ -18,7 +18,7 @@ from typing import Any
 import smi
 from benchmarks.implementations import advance
 from benchmarks.timing import RESULTS, environment, interleaved, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.flops import count_flops
 
 STRATEGIES = ("dense", "sparse")

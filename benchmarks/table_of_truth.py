@@ -29,10 +29,10 @@ import smi
 from benchmarks.agreement import ROWS as RANKED
 from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, interleaved, write_result
-from smi.adapters.timm import resolve_device
 from smi.augment import NOISE, normal_images
 from smi.calibration import from_pool
 from smi.config import preset_or_file
+from smi.devices import resolve_device
 from smi.errors import SmiError
 from smi.evaluation import data_config, data_transform, open_dataset
 from smi.files import atomic_write

@@ -28,7 +28,7 @@ import smi
 import smi_kernels
 from benchmarks.operations import errors
 from benchmarks.timing import RESULTS, environment, quantiles, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.files import atomic_write
 from smi.profile import DTYPES, in_phase
 from smi_kernels import Operation, tuning

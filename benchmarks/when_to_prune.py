@@ -18,7 +18,7 @@ from typing import Any
 
 import smi
 from benchmarks.timing import RESULTS, environment, write_result
-from smi.adapters.timm import resolve_device
+from smi.devices import resolve_device
 from smi.embedded import load_judge
 from smi.files import atomic_write
 from smi.report_data import Tally

@@ -275,7 +275,7 @@ def doctor(options: DoctorOptions) -> None:
 
       smi doctor resnet50 --no-pretrained
     """
-    from smi.adapters.timm import resolve_device
+    from smi.devices import resolve_device
     from smi.doctor import doctor as examine
 
     device = str(resolve_device(options.device))

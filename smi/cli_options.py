@@ -90,7 +90,8 @@ class ModelOptions:
         Raises:
             SmiError: unknown or unsupported model, unusable weights, no such device.
         """
-        from smi.adapters.timm import SparseModel, resolve_device
+        from smi.adapters.timm import SparseModel
+        from smi.devices import resolve_device
 
         device = resolve_device(self.device)  # before the model, which may take long to come
         return SparseModel(

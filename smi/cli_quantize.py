@@ -168,7 +168,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def _device(wanted: str, quantized: bool) -> Any:
     """Where all models of an evaluation run."""
-    from smi.adapters.timm import resolve_device
+    from smi.devices import resolve_device
 
     if not quantized:
         return resolve_device(wanted)

@@ -76,7 +76,8 @@ class TransferOptions(ModelOptions):
 
     def make_synthesis(self, on_iteration: Any) -> Synthesis:
         """The teacher, ready to be inverted, and how. Raises `SmiError` as `smi invert` does."""
-        from smi.adapters.timm import SparseModel, resolve_device
+        from smi.adapters.timm import SparseModel
+        from smi.devices import resolve_device
         from smi.lessons import Synthesis
         from smi.models import load_model
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smi.adapters.timm import SparseModel, weights_hash
+from smi.adapters.timm import SparseModel
 from smi.calibration import from_pool, needed
 from smi.comparison_plan import CompareConfig, allot, flops_per_image
 from smi.config import Config
@@ -44,6 +44,7 @@ from smi.report_data import classify, collect
 from smi.run import run
 from smi.state import WorkPlan
 from smi.transfer import TransferConfig, teach
+from smi.weights import weights_hash
 
 _ROUNDS = 3  # of timing, in turns
 

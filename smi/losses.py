@@ -19,12 +19,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.adapters.timm import SparseModel, unsupported_reasons, weights_hash
+from smi.adapters.timm import SparseModel, unsupported_reasons
 from smi.adapters.timm_slots import frozen_twin
 from smi.errors import SmiError
 from smi.objectives import Context, Objective, described
 from smi.state import ModelInfo
 from smi.token_losses import head_similarity, patch_similarity_entropy
+from smi.weights import weights_hash
 
 __all__ = [
     "adversarial",

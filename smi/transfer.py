@@ -26,9 +26,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.adapters.timm import resolve_device
 from smi.adapters.timm_feed import TokenFeed
 from smi.dataset import Fill
+from smi.devices import resolve_device
 from smi.errors import SmiError, did_you_mean
 from smi.files import atomic_write, check_inside, remove_temps, writing
 from smi.lessons import Lessons, Live, Stored, Synthesis

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import smi
 from benchmarks.models import CLASSES, FAMILIES, create
 from smi import SmiError, SparseModel
-from smi.adapters.timm import resolve_device, unsupported_reasons, weights_hash
+from smi.adapters.timm import unsupported_reasons
+from smi.devices import resolve_device
+from smi.weights import weights_hash
 
 
 def build(key: str, drop: float = 0.0) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import smi
 from smi import embedded, quantization
-from smi.adapters.timm import SparseModel, weights_hash
+from smi.adapters.timm import SparseModel
 from smi.adapters.timm_quantize import TokenModel
 from smi.calibration import Calibration, from_folder, from_noise, from_pool
 from smi.errors import SmiError
@@ -31,6 +31,7 @@ from smi.quantization import Quantized, _prepare
 from smi.quantizer import MseObserver, PercentileObserver, Scheme, VitQuantizer
 from smi.refinement import Refinement
 from smi.state import WorkPlan
+from smi.weights import weights_hash
 
 
 @pytest.fixture(scope="module")

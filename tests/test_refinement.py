@@ -14,11 +14,12 @@ from torch import Tensor
 
 import smi
 from smi import quantization
-from smi.adapters.timm import SparseModel, weights_hash
+from smi.adapters.timm import SparseModel
 from smi.calibration import Calibration, from_noise
 from smi.errors import SmiError
 from smi.quantization import Quantized
 from smi.refinement import Refinement
+from smi.weights import weights_hash
 
 OPTIONS = Refinement(steps=60, learning_rate=3e-3, batch_size=16)
 

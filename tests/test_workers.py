@@ -20,8 +20,8 @@ from small import CLASSES, one_thread, tiny  # noqa: F401
 from typer.testing import CliRunner
 
 import smi
-from smi.adapters.timm import resolve_device
 from smi.cli import app
+from smi.devices import resolve_device
 from smi.pool import Pool
 from smi.run import run
 from smi.time_left import TimeLeft
@@ -329,4 +329,5 @@ def test_those_that_begin_together_spread(tmp_path: Path) -> None:
         runs = [stack.enter_context(Workers(tmp_path, together=True)) for _ in range(10)]
         picked = [run.pick(range(1000), lambda _: False) for run in runs]
         assert len(set(picked)) == 10 and None not in picked
-        assert max(batch for batch in picked if batch is not None) < 2 * 11  # and the pool fills from its start
+        # and the pool fills from its start: the last run draws among 20 free ones, behind at most 9 that are taken
+        assert max(batch for batch in picked if batch is not None) < 20 + 9

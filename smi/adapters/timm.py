@@ -8,9 +8,7 @@ go on. Everything between and after is timm's own code, which is why every famil
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,8 +25,10 @@ from smi.adapters.rollout import attention_rollout
 from smi.adapters.timm_merge import Merging, merge_inside, merging_reasons
 from smi.adapters.timm_slots import AttentionTap, EmbedSlot, GatherSlot, frozen_twin
 from smi.config import ModelRanking, Precision
+from smi.devices import resolve_device
 from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
+from smi.weights import check_finite, weights_hash
 
 _DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
 # Of the logits from timm's own, relative: an order of magnitude above what rounding to so many bits does.
@@ -103,7 +103,7 @@ class SparseModel:
         self.device = resolve_device(device) if device is not None else first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         network_dtype = torch.bfloat16 if precision == "bf16" else self.dtype
-        _check_finite(model)
+        check_finite(model)
 
         twin = frozen_twin(model).to(device=self.device, dtype=network_dtype).eval()
         embed = twin.patch_embed
@@ -472,50 +472,6 @@ def unsupported_reasons(model: object) -> list[str]:
     elif any(type(part).__name__ in _DIFFERENTIAL for part in model.blocks[-1].modules()):
         reasons.append("its attention is the difference of two, which ranks no patches")
     return reasons
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is a GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK, else the first.
-
-    Raises `SmiError` for a device that is not there.
-    """
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        rank = os.environ.get("LOCAL_RANK", "")
-        return torch.device(f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise SmiError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.") from None
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SmiError(f"device is {device!r}, but no CUDA GPU is visible; use cpu or auto.")
-        if chosen.index is not None and chosen.index >= torch.cuda.device_count():
-            raise SmiError(f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
-    elif chosen.type != "cpu":
-        raise SmiError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.")
-    return chosen
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the state dict, in order of name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = value.numel() - int(torch.isfinite(value).sum())
-            raise SmiError(
-                f"the weights are not finite: {bad} of {value.numel()} values of {name!r} are NaN or infinite. "
-                f"Use another checkpoint."
-            )
 
 
 def _default(values: Sequence[float], channels: int) -> Sequence[float]:
