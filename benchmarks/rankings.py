@@ -114,6 +114,7 @@ def combined(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:teacher", help="of the judge's classes: CIFAR-10's")
     parser.add_argument("--test", required=True, help="as --data of smi evaluate")
     parser.add_argument("--limit", type=int, default=1000, help="real images, spread evenly")
     parser.add_argument("--images", type=int, default=120, help="inverted ones")
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    network, judge = smi.load_model("embedded:teacher"), load_judge()
+    network, judge = smi.load_model(args.model), load_judge()
     ranked = Ranked(network, tuple(args.kept))
     config, info = data_config(network), ranked.model.info
     test = open_dataset(args.test, data_transform(config), num_classes=info.num_classes, class_names=info.class_names)
@@ -137,14 +138,14 @@ def main() -> None:
         print(f"{name}: done", flush=True)
     record = {
         "benchmark": "rankings",
-        "model": "embedded:teacher",
+        "model": args.model,
         "patches": info.num_patches,
         "kept": args.kept,
         "draws": DRAWS,
         "sets": sets,
         "environment": environment(ranked.model.device),
     }
-    print(f"written to {write_result(args.out, 'rankings-embedded-teacher', record)}")
+    print(f"written to {write_result(args.out, f'rankings-{args.model}', record)}")
 
 
 if __name__ == "__main__":

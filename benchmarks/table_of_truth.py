@@ -283,7 +283,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--real", help="likewise, images to take in place of synthetic ones; default: no such row")
     parser.add_argument("--model", default="embedded:teacher")
     parser.add_argument("--no-pretrained", action="store_true")
-    parser.add_argument("--student", help="timm name; default: the embedded teacher's own students")
+    parser.add_argument("--student", help="timm name; default, for CIFAR-10: the embedded teacher's own")
     parser.add_argument("--preset", default="demo", help="of the inversion, or a YAML file of options")
     parser.add_argument("--images", type=int, default=120, help="a row and seed")
     parser.add_argument("--limit", type=int, help="test images; default all")
@@ -300,10 +300,9 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
-    if not args.student and args.model != "embedded:teacher":
-        parser.error("name a --student: the embedded ones know ten classes of 32 x 32 pixels")
-
     bench = Bench(args)
+    if not args.student and (bench.model.info.input_size, bench.model.info.num_classes) != ((3, 32, 32), 10):
+        parser.error("name a --student: the embedded ones know ten classes of 32 x 32 pixels")
     mine = settings(args, bench)
     theirs = once(bench.work / "settings.json", lambda: mine)
     if theirs != json.loads(json.dumps(mine)):

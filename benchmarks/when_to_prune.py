@@ -59,6 +59,7 @@ def measure(model: smi.SparseModel, config: smi.Config, images: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:teacher", help="of the judge's classes: CIFAR-10's")
     parser.add_argument("--work", type=Path, required=True, help="folder for the cells that are done")
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--starts", type=int, nargs="+", default=[40, 120, 200, 270], help="iteration of first pruning")
@@ -69,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = resolve_device(args.device)
-    model = smi.SparseModel(smi.load_model("embedded:teacher"), name="embedded:teacher", device=device)
+    model = smi.SparseModel(smi.load_model(args.model), name=args.model, device=device)
     base = smi.preset(args.preset)
     configs = {start: moved(base, start) for start in args.starts}
     args.work.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def main() -> None:
         for start, strategy in ((start, strategy) for start in args.starts for strategy in STRATEGIES):
             config = configs[start].replace(strategy=strategy, seed=seed).resolved()
             file = args.work / f"{strategy}-{start}-{seed}.json"
-            wanted = {"config": json.loads(json.dumps(config.to_dict())), "images": args.images}
+            wanted = {"model": model.info.weights_sha256, "config": json.loads(json.dumps(config.to_dict())), "images": args.images}
             known = json.loads(file.read_text()) if file.is_file() else {}
             if {key: known.get(key) for key in wanted} != wanted:
                 known = {**wanted, "found": measure(model, config, args.images)}
@@ -95,7 +96,7 @@ def main() -> None:
         "environment": environment(device),
         "cells": cells,
     }
-    print(f"written to {write_result(args.out, 'when_to_prune-embedded-teacher', record)}")
+    print(f"written to {write_result(args.out, f'when_to_prune-{args.model}', record)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 #!/usr/bin/env python
-"""Train the two networks that ship inside the package, on CIFAR-10.
+"""Train the two networks that ship inside the package, on CIFAR-10, and one that does not.
 
     python scripts/train_embedded.py teacher --data DIR --out smi/assets
     python scripts/train_embedded.py judge   --data DIR --out smi/assets
+    python scripts/train_embedded.py whole   --data DIR --out whole
 
 `teacher` is a timm ``VisionTransformer`` (32 x 32, patch 4, width 192, depth 6, 3 heads): the network that the demo
 inverts. `judge` is a timm ``ResNet`` (one basic block a stage): another architecture, another seed, never used in
-inversion, which is asked afterwards what it sees in the synthetic images.
+inversion, which is asked afterwards what it sees in the synthetic images. `whole` is a second teacher, the same but for
+its training, in which it saw all patches of every image: the shipped one is used to having half of them missing. It is
+written as a folder of timm's, ``local-dir:whole`` for `smi`.
 
 ``--data`` is either a folder with ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` or any folder, in which case
 ``--download`` lets torchvision fetch the original CIFAR-10 into it. Training can be interrupted: the state after the
 last finished epoch lies in ``--work`` and the same command goes on from there.
 
-Writes ``<name>_cifar10.safetensors`` (float16), ``<name>_cifar10.json`` (data, recipe, seed, versions and the top-1
+Writes ``<name>_cifar10.safetensors`` (float16; of `whole` timm's own files), ``<name>_cifar10.json`` (data, recipe, seed, versions and the top-1
 accuracy of the float16 weights on the 10,000 test images), and ``MODEL_CARD.md`` from all such JSON files in that
 folder; ``python scripts/train_embedded.py card --out smi/assets`` does only the last.
 """
@@ -36,7 +39,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from smi.embedded import MEAN, STD, build_judge, build_teacher
+from smi.embedded import CLASSES, MEAN, STD, build_judge, build_teacher
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(12, 256, 2e-3, 2e-3, 0.05, 0.06, 0.1, 4, 0, ((0.0, 0.5), (0.6, 0.25), (0.85, 0.0)), seed=1),
+    "whole": Recipe(8, 256, 2e-3, 2e-3, 0.05, 0.06, 0.1, 4, 0, ((0.0, 0.0),), seed=1),
     "judge": Recipe(8, 256, 4e-3, 4e-3, 0.05, 0.1, 0.1, 4, 8, (), seed=2),
 }
-BUILDERS = {"teacher": build_teacher, "judge": build_judge}
+BUILDERS = {"teacher": build_teacher, "whole": build_teacher, "judge": build_judge}
 
 
 def load_split(root: Path, split: str, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,6 +255,19 @@ def model_card(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def save_for_timm(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    """`weights` of `build_teacher` as a folder that timm reads by name; the file they are in."""
+    shape = {"img_size": 32, "patch_size": 4, "depth": 6}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(CLASSES), **shape)
+    model.load_state_dict(weights)
+    data = {"tag": "whole", "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    names = {"label_names": list(CLASSES)}
+    timm.models.save_for_hf(
+        model, folder, model_config={"pretrained_cfg": data, **names}, model_args=shape, safe_serialization=True
+    )
+    return folder / "model.safetensors"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*sorted(RECIPES), "card"])
@@ -270,11 +287,15 @@ def main() -> None:
         recipe = Recipe(**{**asdict(recipe), "epochs": args.epochs})
     _, result = train(args.name, recipe, args.data, args.work, args.download, args.compile)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}_cifar10.safetensors"
-    safetensors.torch.save_file(result["weights"], path)
+    if args.name == "whole":
+        path = save_for_timm(result["weights"], args.out)
+    else:
+        path = args.out / f"{args.name}_cifar10.safetensors"
+        safetensors.torch.save_file(result["weights"], path)
     card = {**result["card"], "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (args.out / f"{args.name}_cifar10.json").write_text(json.dumps(card, indent=2) + "\n")
-    (args.out / "MODEL_CARD.md").write_text(model_card(args.out))
+    if args.name != "whole":
+        (args.out / "MODEL_CARD.md").write_text(model_card(args.out))
     print(json.dumps(card, indent=2))
 
 
