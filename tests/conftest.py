@@ -9,13 +9,31 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
+from packaging.version import Version
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kernels import BACKENDS, DEVICE, Kernels, emulated
+
+
+def pytest_configure() -> None:
+    with contextlib.suppress(ImportError):
+        import triton
+
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if (
+            interpreted
+            and Version(triton.__version__) < Version("3.7")
+            and Version(numpy.__version__) >= Version("2.4")
+        ):
+            raise pytest.UsageError(
+                f"Triton {triton.__version__} interprets kernels with NumPy below 2.4 alone, and this is "
+                f"{numpy.__version__}: pip install 'numpy<2.4', or a newer Triton."
+            )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
