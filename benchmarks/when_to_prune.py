@@ -79,7 +79,8 @@ def main() -> None:
         for start, strategy in ((start, strategy) for start in args.starts for strategy in STRATEGIES):
             config = configs[start].replace(strategy=strategy, seed=seed).resolved()
             file = args.work / f"{strategy}-{start}-{seed}.json"
-            wanted = {"model": model.info.weights_sha256, "config": json.loads(json.dumps(config.to_dict())), "images": args.images}
+            asked = {"model": model.info.weights_sha256, "config": config.to_dict(), "images": args.images}
+            wanted = json.loads(json.dumps(asked))
             known = json.loads(file.read_text()) if file.is_file() else {}
             if {key: known.get(key) for key in wanted} != wanted:
                 known = {**wanted, "found": measure(model, config, args.images)}
