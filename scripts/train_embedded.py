@@ -17,8 +17,8 @@ last finished epoch lies in ``--work`` and the same command goes on from there.
 
 Writes ``<name>_cifar10.safetensors`` (float16; of `whole` timm's own files), ``<name>_cifar10.json`` (data, recipe,
 seed, versions and the top-1 accuracy of the float16 weights on the 10,000 test images), and, but for `whole`,
-``MODEL_CARD.md`` from all such JSON files in that folder; ``python scripts/train_embedded.py card --out smi/assets`` does
-only the last.
+``MODEL_CARD.md`` from all such JSON files in that folder; ``python scripts/train_embedded.py card --out smi/assets``
+does only the last.
 """
 
 from __future__ import annotations
