@@ -62,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(12, 256, 2e-3, 2e-3, 0.05, 0.06, 0.1, 4, 0, ((0.0, 0.5), (0.6, 0.25), (0.85, 0.0)), seed=1),
-    "whole": Recipe(8, 256, 2e-3, 2e-3, 0.05, 0.06, 0.1, 4, 0, ((0.0, 0.0),), seed=1),
+    "whole": Recipe(5, 256, 2e-3, 2e-3, 0.05, 0.06, 0.1, 4, 0, ((0.0, 0.0),), seed=1),
     "judge": Recipe(8, 256, 4e-3, 4e-3, 0.05, 0.1, 0.1, 4, 8, (), seed=2),
 }
 BUILDERS = {"teacher": build_teacher, "whole": build_teacher, "judge": build_judge}

@@ -91,10 +91,7 @@ def call(name: str, dtype: torch.dtype, *args: Any) -> None:
     function = _functions.get(key)
     if function is None:
         function = _functions[key] = _operator(name, dtype, args)
-    function(*[_value(name, dtype, arg) for arg in args])
-    failed = _failed()
-    if failed.value:
-        failed.value = 0
+    if function(*[_value(name, dtype, arg) for arg in args]):
         raise MemoryError(f"{name} found no memory for its intermediate results.")
 
 
@@ -178,11 +175,11 @@ def _type(value: Any) -> Any:
 
 
 def _operator(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Any:
-    """The function, which takes arguments of the types of `args`."""
+    """The function, which takes arguments of the types of `args`, and returns whether it failed."""
     address = _library().smi_operator(name.encode(), ctypes.c_int32(dtype.itemsize))
     if not address:
         raise ValueError(f"there is no compiled operator {name!r}.")
-    return ctypes.CFUNCTYPE(None, *map(_type, args))(address)
+    return ctypes.CFUNCTYPE(ctypes.c_int32, *map(_type, args))(address)
 
 
 def _path() -> Path:
@@ -196,11 +193,6 @@ def _library() -> Any:
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
     library.smi_use_threads(torch_library.torch_parallel_for)
     return library
-
-
-@functools.cache
-def _failed() -> Any:
-    return ctypes.c_int32.in_dll(_library(), "smi_failed")
 
 
 def _stale(library: Any, name: str) -> tuple[str, ...]:

@@ -159,6 +159,15 @@ def test_no_memory_is_an_error_and_not_the_end(images: int) -> None:
     assert run("select_tokens", good("select_tokens")).shape == (2, 2)
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process instead")
+def test_no_memory_of_one_caller_is_no_error_of_another() -> None:
+    one = torch.zeros(1, 1)
+    args = (one, one.long(), one.long(), 1, 2**45, 1)
+    function = native._operator("select_tokens", torch.float32, args)
+    function(*[native._value("select_tokens", torch.float32, arg) for arg in args])  # of a thread that looks later
+    assert run("select_tokens", good("select_tokens")).shape == (2, 2)
+
+
 # --- the same bits ---
 
 

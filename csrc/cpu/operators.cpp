@@ -17,23 +17,21 @@ ParallelFor parallel_for = nullptr;
 
 #define SMI_PUBLIC extern "C" __attribute__((visibility("default")))
 
-SMI_PUBLIC int32_t smi_failed;
-int32_t smi_failed = 0;  // Python looks at it after each call, and sets it back
-
 namespace smi {
 namespace {
 
-// `F`, from which no exception gets out: scratch memory is all that can fail.
+// `F`, from which no exception gets out, but whether there was one: scratch memory is all that can fail.
 template <auto F>
 struct Guarded;
 
 template <typename... Arguments, void (*F)(Arguments...)>
 struct Guarded<F> {
-  static void call(Arguments... arguments) {
+  static int32_t call(Arguments... arguments) {
     try {
       F(arguments...);
+      return 0;
     } catch (...) {
-      smi_failed = 1;
+      return 1;
     }
   }
 };
