@@ -157,6 +157,11 @@ def _not_for(device: torch.device) -> list[str]:
     if torch.version.hip is None and (major, minor) < ((9, 0) if dependent else (8, 0)):
         needed = "9.0 with SMI_PDL=1 set" if dependent else "8.0"
         return [f"the GPU has compute capability {major}.{minor}; the kernels need {needed}"]
+    if torch.version.hip is None and major >= 10 and _triton_version().startswith("3.6"):
+        return [
+            f"the GPU has compute capability {major}.{minor}, for which Triton 3.6 fails to compile long attention; "
+            f"a newer PyTorch brings a Triton that does"
+        ]
     return []
 
 
@@ -179,11 +184,14 @@ def _without_triton() -> list[str]:
     return [] if importlib.util.find_spec("triton") else ["triton is not installed"]
 
 
+def _triton_version() -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # nightly builds of torch have other names
+        return importlib.metadata.version("triton")
+    return ""
+
+
 def _about_triton() -> str:
-    try:
-        version = f"triton {importlib.metadata.version('triton')}"
-    except importlib.metadata.PackageNotFoundError:  # nightly builds of torch bring it under other names
-        version = "triton"
+    version = f"triton {_triton_version()}".rstrip()
     return f"{version}, interpreted on the CPU" if interpreted() else version
 
 
