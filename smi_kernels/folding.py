@@ -272,7 +272,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
         heads.append(linear(layer, None if apart else norm, after))
     first = model.blocks[0].attn
     return VitWeights(
-        patch_weight=patch_weight.to(low).contiguous(),
+        patch_weight=to_low(patch_weight),
         position=position.to(wide).contiguous(),
         prefix=prefix.to(wide).contiguous(),
         blocks=tuple(block(b) for b in model.blocks),

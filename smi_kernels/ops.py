@@ -7,6 +7,7 @@ Where a folder has no ``cuda.py``, backend ``cuda`` runs its Triton kernels. Not
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -42,7 +43,19 @@ def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], Callable
 
 def _run(folder: str, name: str, *args: Any, **kwargs: Any) -> Any:
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    return getattr(_implementation(folder, backends.choose(device)), name)(*args, **kwargs)
+    run = getattr(_implementation(folder, backends.choose(device)), name)
+    with outside_autocast(device):
+        return run(*args, **kwargs)
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within this context a caller's `torch.autocast` is off, so that operators compute in the dtypes they are given.
+
+    Else the matrix products of a network folded for float32 would be rounded to 16 bits unasked.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _recordable(folder: str, name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

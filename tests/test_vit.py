@@ -348,6 +348,45 @@ def test_inputs_of_every_kind(backend: str) -> None:
     assert torch.autograd.grad(vit(empty).sum(), empty)[0].shape == empty.shape
 
 
+@pytest.mark.parametrize("variant", ["plain", "no class token"])
+def test_autocast_of_the_caller_changes_no_bit(variant: str, backend: str) -> None:
+    """The precision is that of the folding, in the forward, the ranking and a backward in and behind the context."""
+    model = build(variant).float()
+    vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
+    expected, rank = gradient(vit, images), vit(images, class_attention=True)[1]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside, found = gradient(vit, images), vit(images, class_attention=True)[1]
+        leaf = images.clone().requires_grad_(True)
+        logits = vit(leaf)
+    seen = (*inside, found, torch.autograd.grad(logits.double().square().sum(), leaf)[0])
+    behind = images.clone().requires_grad_(True)
+    again = torch.autograd.grad(vit(behind).double().square().sum(), behind)[0]
+    for ours, theirs in zip(seen, (*expected, rank, again), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_a_gradient_nothing_is_kept_for_one(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, traces = build("plain"), []
+    run = SparseViT.run
+    monkeypatch.setattr(SparseViT, "run", lambda *args, **options: traces.append(run(*args, **options)) or traces[-1])
+    with torch.set_grad_enabled(grad):
+        logits = SparseViT.from_timm(model)(pixels(model).requires_grad_(True))
+    assert logits.requires_grad is grad
+    assert len(traces[0].saved) == (len(model.blocks) if grad else 0)
+
+
+def test_no_weight_is_cut_by_tf32() -> None:
+    """Matrix units read 10 bits of a mantissa and drop the other 13, which always errs to the same side."""
+    model = build("plain").float()
+    weights = SparseViT.from_timm(model, "tf32").weights
+    patch = model.patch_embed.proj.weight.detach().flatten(1)
+    for rounded in (weights.patch_weight, weights.blocks[0].qkv.weight, weights.heads_of_tokens[0].weight):
+        assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    error_of = (weights.patch_weight - patch).abs() / patch.abs()
+    assert error_of.max() <= 2**-11
+
+
 @pytest.mark.parametrize("variant", ["plain", "norm before the blocks", "attention pooling", "turned neighbours"])
 @pytest.mark.parametrize("class_attention", [False, True])
 def test_torch_compile_takes_it_whole(class_attention: bool, variant: str) -> None:
