@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smi_kernels import backends
+from smi_kernels.derivatives import check_first_derivative
 from smi_kernels.vit import SparseViT, Trace
 
 
@@ -50,8 +50,8 @@ class _Network(torch.autograd.Function):
         return trace.parts.sum(0), scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative("a SparseViT")
         if ctx.backend != "auto":
             with backends.use_backend(ctx.backend):
                 return _Network._backward(ctx, d_logits)

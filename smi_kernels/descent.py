@@ -108,6 +108,9 @@ class PixelDescent:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
+        for name, value in (("micro_batch", micro_batch), ("unroll", unroll)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1.")
         if images.dtype != vit.weights.wide:
             raise ValueError(f"images are {images.dtype}; expected {vit.weights.wide}, which the network sums in.")
         if loss is not None and micro_batch is not None and micro_batch < B:
@@ -125,7 +128,7 @@ class PixelDescent:
         self._group, self._frozen, self._unroll = group, frozen, unroll
         self._micro_batch = micro_batch or max(B, 1)
         self._slots: Tensor | None = None
-        members = torch.full((-(-B // group),), group)
+        members = torch.full((-(-B // group),), group, device="cpu")
         if B % group:
             members[-1] = B % group
         # In float16 the gradient of the logits starts where there is room below it, and is put back in the end.
@@ -142,7 +145,7 @@ class PixelDescent:
         self.in_graphs = self.images.is_cuda
         self._whole: Graph | None = None
         self._halves: _Halves | None = None
-        self._captured = vit.weights
+        self._captured = vit.weights, vit.merge_to
 
     @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
@@ -152,9 +155,12 @@ class PixelDescent:
                 f"{iterations} iterations were asked for; expected 0 to {self._table.shape[0] - self.iteration}, what "
                 f"is left of the table's {self._table.shape[0]}."
             )
-        if self._captured is not self.vit.weights:  # a graph knows addresses, and these are gone
+        if self._loss is not None and torch.is_inference_mode_enabled():
+            raise ValueError("a loss has no gradient under torch.inference_mode(); use torch.no_grad() in its place.")
+        weights, merge_to = self._captured
+        if weights is not self.vit.weights or merge_to != self.vit.merge_to:  # a graph knows addresses and shapes
             self._forget()
-            self._captured = self.vit.weights
+            self._captured = self.vit.weights, self.vit.merge_to
         while iterations:
             done = 1
             if self.in_graphs and self._ran:
@@ -312,7 +318,7 @@ class PixelDescent:
         """(B, K, C * height * width), and the cross-entropies to their place in the history."""
         B, size = images.shape[0], self._micro_batch
         made = []
-        for start in range(0, B, size):
+        for start in range(0, max(B, 1), size):
             part = slice(start, start + size)
             keep = None if self.keep is None else self.keep[part]
             trace = self.vit.run(images[part], keep, offsets if offsets.shape[0] == 1 else offsets[part])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels import backends
-from smi_kernels.derivatives import DERIVATIVES
+from smi_kernels.derivatives import DERIVATIVES, check_first_derivative
 from smi_kernels.launch import recording
 from smi_kernels.linear.reference import STAT_CHUNK
 
@@ -332,7 +332,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[Callable[..., Any], ...]:
+def _on_its_backend(
+    name: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> tuple[Callable[..., Any], ...]:
     """The two, with the backward on what `use_backend` asked for at the forward.
 
     On a GPU autograd runs it in another thread, and anywhere it may run when the context is left.
@@ -343,6 +345,7 @@ def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) ->
         setup(ctx, inputs, output)
 
     def run(ctx: Any, *gradients: Tensor) -> Any:
+        check_first_derivative(f"smi::{name}")
         if ctx.backend == "auto":
             return backward(ctx, *gradients)
         with backends.use_backend(ctx.backend):
@@ -352,5 +355,5 @@ def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) ->
 
 
 for _name, _pair in DERIVATIVES.items():
-    _backward, _setup = _on_its_backend(*_pair)
+    _backward, _setup = _on_its_backend(_name, *_pair)
     torch.library.register_autograd(f"smi::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -410,6 +410,33 @@ def test_only_a_given_step_is_counted() -> None:
     assert step.item() == 2**40 + 1
 
 
+@pytest.mark.native_cuda
+def test_no_images_are_a_step_too() -> None:
+    step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    images, row_sums = normal(0, 3, 18, 6), normal(0, 3, 18, 9)
+    assert kernels.finish_prior_sums(images, row_sums, step).shape == (0, 3, 9)
+    assert step.item() == 1
+
+
+@pytest.mark.native_cuda
+@pytest.mark.parametrize("number", range(5))
+def test_autograd_notices_what_is_written_in_place(number: int) -> None:
+    """A product remembers its factors, and must not be differentiated with others."""
+    images, *state = (normal(1, 1, 4, 4, seed=seed).abs() for seed in range(6))
+    factors = torch.ones(1, 1, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    product = factors * state[number]
+    low, high = images.new_zeros(1), images.new_ones(1)
+    if number < 3:
+        kernels.adam_clamp_(state[0], images, *state[1:3], step=1, **ADAM, low=low, high=high)
+    else:
+        kernels.pixel_step(
+            images, *state[3:], normal(1, 4, 4), None, None, None, normal(1, 9), 1, images.new_ones(2), *ADAM.values(),
+            low, high, False, 2, 2,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 # ---- Adam alone
 
 
