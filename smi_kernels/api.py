@@ -157,11 +157,15 @@ def adam_clamp_(
         live: (B, 1, H, W) bool; where False, image and moments stay bit for bit what they were. None: all live.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes that do not belong together.
     """
     shapes = {tuple(t.shape) for t in (images, grad, exp_avg, exp_avg_sq)}
     if len(shapes) > 1:
         raise ValueError(f"images, grad and moments have shapes {sorted(shapes)}; expected one.")
+    B, C, H, W = images.shape
+    for name, value, shape in (("low", low, (C,)), ("high", high, (C,)), ("live", live, (B, 1, H, W))):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}.")
     torch.ops.smi.adam_clamp_(
         images, grad, exp_avg, exp_avg_sq,
         step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, low=low, high=high, live=live,

@@ -79,6 +79,10 @@ class PixelDescent:
         cross_entropies: (T, B), of every iteration done.
         priors: (T, G, 3), unweighted tv1, tv2 and l2 of each group before every iteration done.
         around_loss: why graphs, where there are any, go around `loss`; empty as long as nothing speaks against capture.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, classes or sizes out of range; here, in `prune`, and in
+            `advance` more iterations than the table has, or a `loss` under `torch.inference_mode`.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class PixelDescent:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
+        _check(vit, images, targets, table, low, high)
         for name, value in (("micro_batch", micro_batch), ("unroll", unroll)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1.")
@@ -187,7 +192,8 @@ class PixelDescent:
         return self.vit.rank(trace, keep, count)
 
     def prune(self, keep: Tensor) -> None:
-        """Go on with the patches `keep` (B, K) int64 alone."""
+        """Go on with the patches `keep` (B, K) int64 alone, each at most once a row."""
+        self.vit.check(self.images, keep, None)
         self.keep = keep.contiguous()
         self._slots = slot_table(self.keep, self.vit.weights.position.shape[0])
         self._forget()
@@ -330,3 +336,27 @@ class PixelDescent:
             made.append(self.vit.backward(trace, d_logits, dstats, self._scale[part]))
             del trace  # the next part's takes its memory
         return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: Tensor, high: Tensor) -> None:
+    """Raises ValueError for what kernels on a GPU would read beyond the end of, or not find."""
+    vit.check(images, None, None)
+    (B, C), classes = images.shape[:2], vit.weights.num_classes
+    if targets.shape != ((B, classes) if targets.is_floating_point() else (B,)):
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({B},) int64 classes or "
+            f"({B}, {classes}) probabilities."
+        )
+    if not targets.is_floating_point() and B and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ValueError(f"targets are {int(targets.min())} to {int(targets.max())}; expected 0 to {classes - 1}.")
+    if table.ndim != 3 or table.shape[1] not in (1, B) or table.shape[2] != 3 or table.dtype != torch.int64:
+        raise ValueError(
+            f"table has shape {tuple(table.shape)} and dtype {table.dtype}; expected (T, {B}, 3) or (T, 1, 3) int64, "
+            f"rows of (dy, dx, flip)."
+        )
+    for name, bound in (("low", low), ("high", high)):
+        if bound.shape != (C,):
+            raise ValueError(f"{name} has shape {tuple(bound.shape)}; expected ({C},).")
+    for name, value in (("targets", targets), ("table", table), ("low", low), ("high", high)):
+        if value.device != images.device:
+            raise ValueError(f"{name} is on {value.device}, the images are on {images.device}; move it there.")

@@ -170,7 +170,7 @@ class SparseViT(nn.Module):
     ) -> Any:
         from smi_kernels.autograd import apply_network
 
-        self._check(images, keep, jitter)
+        self.check(images, keep, jitter)
         logits, scores = apply_network(self, images.to(self.weights.wide), keep, jitter, class_attention)
         return (logits, scores) if class_attention else logits
 
@@ -388,7 +388,8 @@ class SparseViT(nn.Module):
         )
         return found
 
-    def _check(self, images: Tensor, keep: Tensor | None, jitter: Tensor | None) -> None:
+    def check(self, images: Tensor, keep: Tensor | None, jitter: Tensor | None) -> None:
+        """Raises ValueError unless shapes, dtypes and devices are those of a call."""
         w = self.weights
         size = (w.channels, w.grid[0] * w.patch_size[0], w.grid[1] * w.patch_size[1])
         if images.ndim != 4 or tuple(images.shape[1:]) != size:

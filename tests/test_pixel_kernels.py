@@ -471,6 +471,18 @@ def test_adam_clamp(masked: bool, dtype: torch.dtype) -> None:
             assert torch.equal(now[still], old[still])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [({"low": (1,)}, r"\(3,\)"), ({"high": (4,)}, r"\(3,\)"), ({"live": (1, 1, 4, 4)}, r"\(2, 1, 4, 4\)")],
+)
+def test_adam_reads_no_bounds_and_no_mask_beyond_their_end(wrong: dict[str, Any], expected: str) -> None:
+    images, shapes = [normal(2, 3, 4, 4, seed=seed) for seed in range(4)], {"low": (3,), "high": (3,), **wrong}
+    ((name, shape),) = wrong.items()
+    others = {name: torch.zeros(shape, dtype=torch.float64, device=DEVICE) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=f"{name} has shape .*; expected {expected}"):
+        smi_kernels.adam_clamp_(*images, step=1, **ADAM, **others)
+
+
 # ---- launches
 
 

@@ -469,6 +469,41 @@ def test_supported_architectures_of_timm() -> None:
         assert unsupported_reasons(model) == [], name
 
 
+class Doubled(nn.Linear):
+    """As layers with adapters or quantized weights, whose `weight` is not all there is to them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Read(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        ("head", "its head is a Doubled, not a Linear"),
+        ("blocks.1.attn.qkv", r"its query, key and value projection is a Doubled, not a Linear \(block 1\)"),
+        ("blocks.0.attn.proj", "its attention's output projection is a Doubled"),
+        ("blocks.0.mlp.fc1", "its MLP's first layer is a Doubled"),
+        ("blocks.0.mlp.fc2", "its MLP's second layer is a Doubled"),
+        ("attn_pool.kv", "in its attention pooling a projection is a Doubled"),
+    ],
+)
+def test_layers_that_only_look_linear_are_refused(layer: str, reason: str) -> None:
+    model = build("attention pooling")
+    linear = model.get_submodule(layer)
+    model.set_submodule(layer, Doubled(linear.in_features, linear.out_features, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(ValueError, match=reason):
+        SparseViT.from_timm(model)
+    model.set_submodule(layer, linear)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Read())  # another class, but of its own weight
+    with torch.no_grad():
+        torch.testing.assert_close(SparseViT.from_timm(model)(pixels(model)), model(pixels(model)))
+
+
 def test_weights_are_folded_once_and_the_model_is_left_alone() -> None:
     model = build("layer scale, qk norm")
     before = {name: value.clone() for name, value in model.state_dict().items()}
