@@ -183,7 +183,7 @@ def tv_l2(images: Tensor, *, per_image: bool) -> Tensor:
     """
     if _plain(images):
         return prior.tv_l2(images, per_image=per_image)
-    return _root(_sums(images, per_image)[..., :4]).sum(-1)
+    return _root(_sums(images, per_image)[..., :4]).sum(-1).to(images.dtype)
 
 
 def tv_l1(images: Tensor, *, per_image: bool) -> Tensor:
@@ -201,7 +201,7 @@ def tv_l1(images: Tensor, *, per_image: bool) -> Tensor:
     planes = C if per_image else B * C
     right, down, down_left, down_right = _sums(images, per_image)[..., 4:8].unbind(-1)
     diagonal = (down_left + down_right) / (planes * (H - 1) * (W - 1))
-    return right / (planes * H * (W - 1)) + down / (planes * (H - 1) * W) + diagonal
+    return (right / (planes * H * (W - 1)) + down / (planes * (H - 1) * W) + diagonal).to(images.dtype)
 
 
 def l2_norm(images: Tensor, *, per_image: bool) -> Tensor:
@@ -215,7 +215,7 @@ def l2_norm(images: Tensor, *, per_image: bool) -> Tensor:
     """
     if _plain(images):
         return prior.l2_norm(images, per_image=per_image)
-    return _root(_sums(images, per_image)[..., 8])
+    return _root(_sums(images, per_image)[..., 8]).to(images.dtype)
 
 
 def _plain(images: Tensor) -> bool:
@@ -223,8 +223,8 @@ def _plain(images: Tensor) -> bool:
 
 
 def _sums(images: Tensor, per_image: bool) -> Tensor:
-    """(B, 9) or (9,) of ``prior_sums``."""
-    sums: Tensor = torch.ops.smi.prior_sums(images)
+    """(B, 9) or (9,) of ``prior_sums``, of 16 bits in float32: float16 has no room for the sum over a plane."""
+    sums: Tensor = torch.ops.smi.prior_sums(images.to(torch.promote_types(images.dtype, torch.float32)))
     return sums.sum(1) if per_image else sums.sum((0, 1))
 
 

@@ -347,8 +347,10 @@ def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: 
             f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({B},) int64 classes or "
             f"({B}, {classes}) probabilities."
         )
-    if not targets.is_floating_point() and B and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(f"targets are {int(targets.min())} to {int(targets.max())}; expected 0 to {classes - 1}.")
+    if not targets.is_floating_point() and B and not targets.is_meta:
+        least, most = int(targets.min()), int(targets.max())
+        if not 0 <= least <= most < classes:
+            raise ValueError(f"targets are {least} to {most}; expected 0 to {classes - 1}.")
     if table.ndim != 3 or table.shape[1] not in (1, B) or table.shape[2] != 3 or table.dtype != torch.int64:
         raise ValueError(
             f"table has shape {tuple(table.shape)} and dtype {table.dtype}; expected (T, {B}, 3) or (T, 1, 3) int64, "

@@ -361,6 +361,21 @@ def test_coefficients_are_gradients_of_the_priors(group: int, module: Any) -> No
     assert error(prior_reference.prior_sums_dx(images, spread), exact) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prior", [smi_kernels.tv_l1, smi_kernels.tv_l2, smi_kernels.l2_norm])
+def test_priors_of_16_bits_have_room_for_their_sums(prior: Any, dtype: torch.dtype) -> None:
+    images = 60 * normal(2, 3, 24, 40, dtype=dtype)  # squares of a plane add up to 50 times what float16 has room for
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.clone().requires_grad_(True)
+        values = prior(images, per_image=True)
+        return values, torch.autograd.grad(values.sum(), images)[0]
+
+    found, truth = run(images), run(images.double())
+    for value, exact in zip(found, truth, strict=True):
+        assert value.dtype == dtype and error(value, exact) < 2 * torch.finfo(dtype).eps
+
+
 def test_sums_of_a_large_group_are_exact() -> None:
     """More planes than a tile of them, of sizes that float32 would not add up."""
     sums = torch.full((131, 3, 9), 1.0, device=DEVICE)
