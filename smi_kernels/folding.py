@@ -462,9 +462,11 @@ def _mlp(mlp: Any) -> list[str]:
 
 def _linear(layer: nn.Module, what: str) -> list[str]:
     """A subclass may keep its weights otherwise, or add to the product: adapters and quantized layers do."""
-    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-        return []
-    return [f"{what} is a {type(layer).__name__}, not a Linear"]
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return [f"{what} is a {type(layer).__name__}, not a Linear"]
+    if type(layer.weight) not in (Tensor, nn.Parameter):
+        return [f"{what} has its weight in a {type(layer.weight).__name__}, not in a plain tensor"]
+    return []
 
 
 def _activation(mlp: Any) -> str | None:

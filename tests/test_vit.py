@@ -476,6 +476,10 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Packed(Tensor):
+    pass
+
+
 class Read(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2
@@ -499,6 +503,10 @@ def test_layers_that_only_look_linear_are_refused(layer: str, reason: str) -> No
     with pytest.raises(ValueError, match=reason):
         SparseViT.from_timm(model)
     model.set_submodule(layer, linear)
+    plain, linear.weight = linear.weight, nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match=reason.split(" is a")[0] + " has its weight in a Packed, not in a plain"):
+        SparseViT.from_timm(model)
+    linear.weight = plain
     nn.utils.parametrize.register_parametrization(linear, "weight", Read())  # another class, but of its own weight
     with torch.no_grad():
         torch.testing.assert_close(SparseViT.from_timm(model)(pixels(model)), model(pixels(model)))
