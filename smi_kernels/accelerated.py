@@ -19,7 +19,9 @@ def accelerate(
         logits = model(images)                            # as before
         logits = model(images, keep=keep, jitter=jitter)  # only these patches
 
-    The weights count as frozen: gradients reach the images alone. If weights change, they are folded again.
+    The weights count as frozen: gradients reach the images alone. If weights change, they are folded again at the next
+    call, unless they are written through ``parameter.data`` in place, which leaves no trace, or the call is compiled by
+    `torch.compile`: then one ordinary call folds them.
 
     Args:
         model: in evaluation mode; not modified.
@@ -74,4 +76,9 @@ class Accelerated(nn.Module):
 
     def _state(self) -> tuple[Any, ...]:
         """Changes whenever a weight is written to, replaced or moved, or the mode changes."""
-        return (self.model.training, *((id(p), p._version, p.device, p.dtype) for p in self.model.parameters()))
+        return (self.model.training, *map(_state_of, self.model.parameters()))
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    version = None if weight.is_inference() else weight._version  # of inference mode, which counts none
+    return id(weight), weight.data_ptr(), version, weight.device, weight.dtype

@@ -157,11 +157,15 @@ def adam_clamp_(
         live: (B, 1, H, W) bool; where False, image and moments stay bit for bit what they were. None: all live.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes that do not belong together.
     """
     shapes = {tuple(t.shape) for t in (images, grad, exp_avg, exp_avg_sq)}
     if len(shapes) > 1:
         raise ValueError(f"images, grad and moments have shapes {sorted(shapes)}; expected one.")
+    B, C, H, W = images.shape
+    for name, value, shape in (("low", low, (C,)), ("high", high, (C,)), ("live", live, (B, 1, H, W))):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}.")
     torch.ops.smi.adam_clamp_(
         images, grad, exp_avg, exp_avg_sq,
         step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, low=low, high=high, live=live,
@@ -179,7 +183,7 @@ def tv_l2(images: Tensor, *, per_image: bool) -> Tensor:
     """
     if _plain(images):
         return prior.tv_l2(images, per_image=per_image)
-    return _root(_sums(images, per_image)[..., :4]).sum(-1)
+    return _root(_sums(images, per_image)[..., :4]).sum(-1).to(images.dtype)
 
 
 def tv_l1(images: Tensor, *, per_image: bool) -> Tensor:
@@ -197,7 +201,7 @@ def tv_l1(images: Tensor, *, per_image: bool) -> Tensor:
     planes = C if per_image else B * C
     right, down, down_left, down_right = _sums(images, per_image)[..., 4:8].unbind(-1)
     diagonal = (down_left + down_right) / (planes * (H - 1) * (W - 1))
-    return right / (planes * H * (W - 1)) + down / (planes * (H - 1) * W) + diagonal
+    return (right / (planes * H * (W - 1)) + down / (planes * (H - 1) * W) + diagonal).to(images.dtype)
 
 
 def l2_norm(images: Tensor, *, per_image: bool) -> Tensor:
@@ -211,7 +215,7 @@ def l2_norm(images: Tensor, *, per_image: bool) -> Tensor:
     """
     if _plain(images):
         return prior.l2_norm(images, per_image=per_image)
-    return _root(_sums(images, per_image)[..., 8])
+    return _root(_sums(images, per_image)[..., 8]).to(images.dtype)
 
 
 def _plain(images: Tensor) -> bool:
@@ -219,8 +223,8 @@ def _plain(images: Tensor) -> bool:
 
 
 def _sums(images: Tensor, per_image: bool) -> Tensor:
-    """(B, 9) or (9,) of ``prior_sums``."""
-    sums: Tensor = torch.ops.smi.prior_sums(images)
+    """(B, 9) or (9,) of ``prior_sums``, of 16 bits in float32: float16 has no room for the sum over a plane."""
+    sums: Tensor = torch.ops.smi.prior_sums(images.to(torch.promote_types(images.dtype, torch.float32)))
     return sums.sum(1) if per_image else sums.sum((0, 1))
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smi_kernels import backends
+from smi_kernels.derivatives import check_first_derivative
 from smi_kernels.vit import SparseViT, Trace
 
 
@@ -16,16 +16,23 @@ def apply_network(
     vit: SparseViT, images: Tensor, keep: Tensor | None, offsets: Tensor | None, class_attention: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Logits (B, classes), differentiable in `images`, and on request the class attention (B, K), which is not."""
-    logits, scores = _Network.apply(images, keep, offsets, vit, class_attention)
+    logits, scores = _Network.apply(images, keep, offsets, vit, class_attention, torch.is_grad_enabled())
     return logits, scores if class_attention else None
 
 
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, keep: Tensor | None, offsets: Tensor | None, vit: SparseViT, class_attention: bool
+        ctx: Any,
+        images: Tensor,
+        keep: Tensor | None,
+        offsets: Tensor | None,
+        vit: SparseViT,
+        class_attention: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        differentiable = ctx.needs_input_grad[0]
+        # The context asks for gradients of whatever requires them, even under `torch.no_grad`.
+        differentiable = grad_enabled and ctx.needs_input_grad[0]
         trace = vit.run(images.contiguous(), keep, offsets, trace=differentiable)
         if class_attention:
             fed = trace.tokens - vit.weights.prefix.shape[0]
@@ -43,8 +50,8 @@ class _Network(torch.autograd.Function):
         return trace.parts.sum(0), scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative("a SparseViT")
         if ctx.backend != "auto":
             with backends.use_backend(ctx.backend):
                 return _Network._backward(ctx, d_logits)
@@ -58,4 +65,4 @@ class _Network(torch.autograd.Function):
         d_patches = vit.backward_of(trace, d_logits)
         _, _, height, width = ctx.shape
         d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, height, width, *vit.weights.patch_size)
-        return d_images, None, None, None, None
+        return d_images, None, None, None, None, None

@@ -15,6 +15,18 @@ from torch import Tensor
 from smi_kernels.linear.reference import gelu_slope, gradient_sums
 
 
+def check_first_derivative(name: str) -> None:
+    """Called in the backward of `name`, raises RuntimeError where a second derivative may follow.
+
+    There is none, and autograd would leave it out of sums with other terms without a word.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative, so its gradient cannot be taken with create_graph=True; what needs one "
+            f"must run on PyTorch's own operations, such as the model itself, or backend 'reference' for priors."
+        )
+
+
 def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     qkv, qk_norm, ctx.eps, ctx.precision, size = inputs
     ctx.save_for_backward(qkv, qk_norm, size)

@@ -79,6 +79,10 @@ class PixelDescent:
         cross_entropies: (T, B), of every iteration done.
         priors: (T, G, 3), unweighted tv1, tv2 and l2 of each group before every iteration done.
         around_loss: why graphs, where there are any, go around `loss`; empty as long as nothing speaks against capture.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, classes or sizes out of range; here, in `prune`, and in
+            `advance` more iterations than the table has, or a `loss` under `torch.inference_mode`.
     """
 
     def __init__(
@@ -108,6 +112,10 @@ class PixelDescent:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
+        _check(vit, images, targets, table, low, high)
+        for name, value in (("micro_batch", micro_batch), ("unroll", unroll)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1.")
         if images.dtype != vit.weights.wide:
             raise ValueError(f"images are {images.dtype}; expected {vit.weights.wide}, which the network sums in.")
         if loss is not None and micro_batch is not None and micro_batch < B:
@@ -125,7 +133,7 @@ class PixelDescent:
         self._group, self._frozen, self._unroll = group, frozen, unroll
         self._micro_batch = micro_batch or max(B, 1)
         self._slots: Tensor | None = None
-        members = torch.full((-(-B // group),), group)
+        members = torch.full((-(-B // group),), group, device="cpu")
         if B % group:
             members[-1] = B % group
         # In float16 the gradient of the logits starts where there is room below it, and is put back in the end.
@@ -142,7 +150,7 @@ class PixelDescent:
         self.in_graphs = self.images.is_cuda
         self._whole: Graph | None = None
         self._halves: _Halves | None = None
-        self._captured = vit.weights
+        self._captured = vit.weights, vit.merge_to
 
     @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
@@ -152,9 +160,12 @@ class PixelDescent:
                 f"{iterations} iterations were asked for; expected 0 to {self._table.shape[0] - self.iteration}, what "
                 f"is left of the table's {self._table.shape[0]}."
             )
-        if self._captured is not self.vit.weights:  # a graph knows addresses, and these are gone
+        if self._loss is not None and torch.is_inference_mode_enabled():
+            raise ValueError("a loss has no gradient under torch.inference_mode(); use torch.no_grad() in its place.")
+        weights, merge_to = self._captured
+        if weights is not self.vit.weights or merge_to != self.vit.merge_to:  # a graph knows addresses and shapes
             self._forget()
-            self._captured = self.vit.weights
+            self._captured = self.vit.weights, self.vit.merge_to
         while iterations:
             done = 1
             if self.in_graphs and self._ran:
@@ -181,7 +192,8 @@ class PixelDescent:
         return self.vit.rank(trace, keep, count)
 
     def prune(self, keep: Tensor) -> None:
-        """Go on with the patches `keep` (B, K) int64 alone."""
+        """Go on with the patches `keep` (B, K) int64 alone, each at most once a row."""
+        self.vit.check(self.images, keep, None)
         self.keep = keep.contiguous()
         self._slots = slot_table(self.keep, self.vit.weights.position.shape[0])
         self._forget()
@@ -312,7 +324,7 @@ class PixelDescent:
         """(B, K, C * height * width), and the cross-entropies to their place in the history."""
         B, size = images.shape[0], self._micro_batch
         made = []
-        for start in range(0, B, size):
+        for start in range(0, max(B, 1), size):
             part = slice(start, start + size)
             keep = None if self.keep is None else self.keep[part]
             trace = self.vit.run(images[part], keep, offsets if offsets.shape[0] == 1 else offsets[part])
@@ -324,3 +336,29 @@ class PixelDescent:
             made.append(self.vit.backward(trace, d_logits, dstats, self._scale[part]))
             del trace  # the next part's takes its memory
         return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: Tensor, high: Tensor) -> None:
+    """Raises ValueError for what kernels on a GPU would read beyond the end of, or not find."""
+    vit.check(images, None, None)
+    (B, C), classes = images.shape[:2], vit.weights.num_classes
+    if targets.shape != ((B, classes) if targets.is_floating_point() else (B,)):
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({B},) int64 classes or "
+            f"({B}, {classes}) probabilities."
+        )
+    if not targets.is_floating_point() and B and not targets.is_meta:
+        least, most = int(targets.min()), int(targets.max())
+        if not 0 <= least <= most < classes:
+            raise ValueError(f"targets are {least} to {most}; expected 0 to {classes - 1}.")
+    if table.ndim != 3 or table.shape[1] not in (1, B) or table.shape[2] != 3 or table.dtype != torch.int64:
+        raise ValueError(
+            f"table has shape {tuple(table.shape)} and dtype {table.dtype}; expected (T, {B}, 3) or (T, 1, 3) int64, "
+            f"rows of (dy, dx, flip)."
+        )
+    for name, bound in (("low", low), ("high", high)):
+        if bound.shape != (C,):
+            raise ValueError(f"{name} has shape {tuple(bound.shape)}; expected ({C},).")
+    for name, value in (("targets", targets), ("table", table), ("low", low), ("high", high)):
+        if value.device != images.device:
+            raise ValueError(f"{name} is on {value.device}, the images are on {images.device}; move it there.")

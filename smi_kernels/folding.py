@@ -272,7 +272,7 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
         heads.append(linear(layer, None if apart else norm, after))
     first = model.blocks[0].attn
     return VitWeights(
-        patch_weight=patch_weight.to(low).contiguous(),
+        patch_weight=to_low(patch_weight),
         position=position.to(wide).contiguous(),
         prefix=prefix.to(wide).contiguous(),
         blocks=tuple(block(b) for b in model.blocks),
@@ -388,8 +388,8 @@ def _head(vit: Any) -> list[str]:
     for layer in (vit.head, getattr(vit, "head_dist", None)):
         if isinstance(layer, nn.Sequential) and len(layer) == 2 and type(layer[1]).__name__ == "CosineClassifier":
             layer = layer[0]
-        if layer is not None and not isinstance(layer, (nn.Linear, nn.Identity)):
-            reasons.append(f"its head is a {type(layer).__name__}, not a Linear")
+        if layer is not None and not isinstance(layer, nn.Identity):
+            reasons += _linear(layer, "its head")
     return reasons
 
 
@@ -409,7 +409,9 @@ def _pool(pool: Any, norm_first: bool) -> list[str]:
     if pool.mlp is None or pool.kv.in_features != pool.out_features:
         reasons.append("its attention pooling has no MLP, or another width")
     else:
-        reasons += [f"in its attention pooling {reason}" for reason in _mlp(pool.mlp)]
+        projections = [layer for layer in (pool.q, pool.kv, pool.proj) if not isinstance(layer, nn.Identity)]
+        found = [reason for layer in projections for reason in _linear(layer, "a projection")]
+        reasons += [f"in its attention pooling {reason}" for reason in [*found, *_mlp(pool.mlp)]]
     return reasons
 
 
@@ -427,6 +429,9 @@ def _block(block: Any) -> list[str]:
     else:
         if getattr(attn, "qkv", None) is None or attn.qkv.out_features != 3 * attn.qkv.in_features:
             reasons.append("query, key and value are not one square projection")
+        else:
+            reasons += _linear(attn.qkv, "its query, key and value projection")
+        reasons += _linear(attn.proj, "its attention's output projection")
         if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
             reasons.append("its attention output has a norm")
         if getattr(attn, "gate", None) is not None:
@@ -450,9 +455,18 @@ def _mlp(mlp: Any) -> list[str]:
         reasons.append(f"its activation is {mlp.act}, not {expected}")
     if not isinstance(mlp.norm, nn.Identity):
         reasons.append("its MLP has a norm inside")
-    if not isinstance(mlp.fc1, nn.Linear):
-        reasons.append("its MLP is convolutional")
-    return reasons
+    if isinstance(mlp.fc1, nn.Conv2d):
+        return [*reasons, "its MLP is convolutional"]
+    return [*reasons, *_linear(mlp.fc1, "its MLP's first layer"), *_linear(mlp.fc2, "its MLP's second layer")]
+
+
+def _linear(layer: nn.Module, what: str) -> list[str]:
+    """A subclass may keep its weights otherwise, or add to the product: adapters and quantized layers do."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return [f"{what} is a {type(layer).__name__}, not a Linear"]
+    if type(layer.weight) not in (Tensor, nn.Parameter):
+        return [f"{what} has its weight in a {type(layer.weight).__name__}, not in a plain tensor"]
+    return []
 
 
 def _activation(mlp: Any) -> str | None:

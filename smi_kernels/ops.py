@@ -7,6 +7,7 @@ Where a folder has no ``cuda.py``, backend ``cuda`` runs its Triton kernels. Not
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels import backends
-from smi_kernels.derivatives import DERIVATIVES
+from smi_kernels.derivatives import DERIVATIVES, check_first_derivative
 from smi_kernels.launch import recording
 from smi_kernels.linear.reference import STAT_CHUNK
 
@@ -42,7 +43,19 @@ def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], Callable
 
 def _run(folder: str, name: str, *args: Any, **kwargs: Any) -> Any:
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    return getattr(_implementation(folder, backends.choose(device)), name)(*args, **kwargs)
+    run = getattr(_implementation(folder, backends.choose(device)), name)
+    with outside_autocast(device):
+        return run(*args, **kwargs)
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within this context a caller's `torch.autocast` is off, so that operators compute in the dtypes they are given.
+
+    Else the matrix products of a network folded for float32 would be rounded to 16 bits unasked.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _recordable(folder: str, name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,7 +332,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[Callable[..., Any], ...]:
+def _on_its_backend(
+    name: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> tuple[Callable[..., Any], ...]:
     """The two, with the backward on what `use_backend` asked for at the forward.
 
     On a GPU autograd runs it in another thread, and anywhere it may run when the context is left.
@@ -330,6 +345,7 @@ def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) ->
         setup(ctx, inputs, output)
 
     def run(ctx: Any, *gradients: Tensor) -> Any:
+        check_first_derivative(f"smi::{name}")
         if ctx.backend == "auto":
             return backward(ctx, *gradients)
         with backends.use_backend(ctx.backend):
@@ -339,5 +355,5 @@ def _on_its_backend(backward: Callable[..., Any], setup: Callable[..., None]) ->
 
 
 for _name, _pair in DERIVATIVES.items():
-    _backward, _setup = _on_its_backend(*_pair)
+    _backward, _setup = _on_its_backend(_name, *_pair)
     torch.library.register_autograd(f"smi::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
 from smi_kernels import blocks, heads, rotary, tuning
 from smi_kernels.attention.reference import received
 from smi_kernels.folding import VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import row_statistics
 from smi_kernels.marks import span
+from smi_kernels.ops import outside_autocast
 from smi_kernels.token_merge.reference import merge_counts
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -170,7 +170,7 @@ class SparseViT(nn.Module):
     ) -> Any:
         from smi_kernels.autograd import apply_network
 
-        self._check(images, keep, jitter)
+        self.check(images, keep, jitter)
         logits, scores = apply_network(self, images.to(self.weights.wide), keep, jitter, class_attention)
         return (logits, scores) if class_attention else logits
 
@@ -376,7 +376,9 @@ class SparseViT(nn.Module):
             raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         assert trace.query is not None and trace.key is not None
         if self.ranking == "received_attention":
-            scores = received(trace.query, trace.key, last.qk_norm, last.qk_eps)[:, w.prefix.shape[0] :].contiguous()
+            with outside_autocast(keep.device):
+                of_all = received(trace.query, trace.key, last.qk_norm, last.qk_eps)
+            scores = of_all[:, w.prefix.shape[0] :].contiguous()
             return torch.ops.smi.select_tokens(scores, keep, count), scores
         norm, prefix = last.qk_norm, w.prefix.shape[0]
         if w.pool is not None:
@@ -386,7 +388,8 @@ class SparseViT(nn.Module):
         )
         return found
 
-    def _check(self, images: Tensor, keep: Tensor | None, jitter: Tensor | None) -> None:
+    def check(self, images: Tensor, keep: Tensor | None, jitter: Tensor | None) -> None:
+        """Raises ValueError unless shapes, dtypes and devices are those of a call."""
         w = self.weights
         size = (w.channels, w.grid[0] * w.patch_size[0], w.grid[1] * w.patch_size[1])
         if images.ndim != 4 or tuple(images.shape[1:]) != size:

@@ -84,6 +84,29 @@ def test_changed_weights_are_folded_again() -> None:
         fast(images)
 
 
+def test_weights_are_folded_again_wherever_they_lie() -> None:
+    model = tiny().to(DEVICE)
+    fast, images = accelerate(model), torch.randn(1, 3, 16, 16, device=DEVICE)
+    parameters = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(parameters * 1.5, model.parameters())  # sets ``parameter.data``
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        model = tiny(seed=8).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(model)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_call_follows_an_ordinary_one() -> None:
+    model = tiny().to(DEVICE)
+    fast, images = accelerate(model), torch.randn(1, 3, 16, 16, device=DEVICE)
+    compiled = torch.compile(fast, backend="eager")
+    compiled(images)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_keep_and_jitter_ride_along() -> None:
     fast = accelerate(tiny().to(DEVICE), "fp16", memory="small", batch_invariant=True)
     keep, images = torch.tensor([[1, 5, 6]], device=DEVICE), torch.randn(1, 3, 16, 16, device=DEVICE)

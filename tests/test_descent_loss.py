@@ -165,7 +165,41 @@ def test_images_that_may_meet_are_not_split() -> None:
     descent(everything, micro_batch=3)
 
 
+def test_inference_mode_is_refused_where_a_loss_needs_autograd() -> None:
+    """Nothing requires a gradient there, as if the loss depended on nothing."""
+    one = descent(everything)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"no gradient under torch.inference_mode"):
+        one.advance(1)
+    with torch.inference_mode():
+        descent(None).advance(1)
+
+
+def test_no_images_are_iterated_too() -> None:
+    vit = SparseViT.from_timm(tiny().to(DEVICE))
+    none, bounds = torch.empty(0, 3, 16, 16, device=DEVICE), {name: bound.to(DEVICE) for name, bound in BOUNDS.items()}
+    one = PixelDescent(vit, none, TARGETS[:0], table()[:, :1], **bounds)
+    one.advance(2)
+    one.prune(KEEP[:0])
+    one.advance(1)
+    assert one.images.shape == none.shape and one.iteration == one._step.item() == 3
+
+
+@pytest.mark.parametrize("option", ["micro_batch", "unroll"])
+def test_sizes_below_one_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is 0; expected at least 1"):
+        descent(None, **{option: 0})
+
+
 # --- graphs ---
+
+
+def test_a_graph_ends_with_the_merging_it_was_made_for(with_graphs: Callable[..., Any]) -> None:
+    one = with_graphs(descent(None))
+    with use_backend("reference"):
+        for merge_to, iterations, made in ((None, 1 + UNROLL, 1), (None, UNROLL, 1), (0.5, 1 + UNROLL, 2)):
+            one.vit.merge_to = merge_to
+            one.advance(iterations)  # of other shapes the first runs before the rest is captured
+            assert Rehearsal.made == ["_unrolled"] * made
 
 
 def test_what_can_be_captured_is_captured_whole(with_graphs: Callable[..., Any]) -> None:

@@ -362,6 +362,31 @@ def test_more_iterations_than_the_table_has_are_refused() -> None:
         PixelDescent(vit, torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), table, **bounds, group=3)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 16, 12)}, r"images have shape \(2, 3, 16, 12\); expected \(B, 3, 16, 16\)"),
+        ({"targets": torch.tensor([0, 5])}, "targets are 0 to 5; expected 0 to 4"),
+        ({"targets": torch.tensor([-1, 0])}, "targets are -1 to 0; expected 0 to 4"),
+        ({"targets": torch.tensor([0])}, r"targets have shape \(1,\) and dtype torch.int64; expected \(2,\) int64"),
+        ({"targets": torch.zeros(2, 4)}, r"targets have shape \(2, 4\).* or \(2, 5\) probabilities"),
+        ({"table": torch.zeros(3, 3, 3, dtype=torch.int64)}, r"table has shape \(3, 3, 3\).*expected \(T, 2, 3\) or"),
+        ({"table": torch.zeros(3, 2, 3)}, "table has shape .* and dtype torch.float32; expected .* int64"),
+        ({"low": torch.zeros(1)}, r"low has shape \(1,\); expected \(3,\)"),
+        ({"high": torch.zeros(3, device="meta")}, "high is on meta, the images are on cpu; move it there"),
+    ],
+)
+def test_what_a_descent_would_read_beyond_the_end_of_is_refused(wrong: dict[str, Any], message: str) -> None:
+    right = {"images": torch.zeros(2, 3, 16, 16), "targets": torch.tensor([0, 1]), "low": torch.zeros(3)}
+    right |= {"high": torch.ones(3), "table": torch.zeros(3, 1, 3, dtype=torch.int64)}
+    descent = PixelDescent(SparseViT.from_timm(tiny()), **right)
+    for keep in (torch.tensor([[1, 2]]), torch.ones(2, 3), torch.zeros(2, 17, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"keep has shape .*; expected \(2, K\) int64 with K from 1 to 16"):
+            descent.prune(keep)
+    with pytest.raises(ValueError, match=message):
+        PixelDescent(descent.vit, **{**right, **wrong})
+
+
 # --- precisions of the kernels alone ---
 
 

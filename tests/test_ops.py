@@ -153,6 +153,16 @@ def test_derivatives_are_those_of_finite_differences(name: str, backend: str) ->
             assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", sorted(DERIVATIVES))
+def test_second_derivatives_are_refused(name: str) -> None:
+    """They would be left out of a sum with other terms, which has one."""
+    function, inputs = differentiable(name, samples(torch.float32)[name][0][0])
+    out = function(*inputs)
+    first = (out if isinstance(out, Tensor) else out[0]).square().sum()
+    with pytest.raises(RuntimeError, match=f"smi::{name} has no second derivative"):
+        torch.autograd.grad(first, inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("name", ["attention", "norm_linear", "linear_residual", "embed_tokens"])
 def test_low_precision_gradients_have_the_dtype_of_their_inputs(name: str) -> None:
     function, inputs = differentiable(name, samples(torch.float16)[name][0][0])

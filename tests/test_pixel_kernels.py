@@ -361,6 +361,21 @@ def test_coefficients_are_gradients_of_the_priors(group: int, module: Any) -> No
     assert error(prior_reference.prior_sums_dx(images, spread), exact) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prior", [smi_kernels.tv_l1, smi_kernels.tv_l2, smi_kernels.l2_norm])
+def test_priors_of_16_bits_have_room_for_their_sums(prior: Any, dtype: torch.dtype) -> None:
+    images = 60 * normal(2, 3, 24, 40, dtype=dtype)  # squares of a plane add up to 50 times what float16 has room for
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.clone().requires_grad_(True)
+        values = prior(images, per_image=True)
+        return values, torch.autograd.grad(values.sum(), images)[0]
+
+    found, truth = run(images), run(images.double())
+    for value, exact in zip(found, truth, strict=True):
+        assert value.dtype == dtype and error(value, exact) < 2 * torch.finfo(dtype).eps
+
+
 def test_sums_of_a_large_group_are_exact() -> None:
     """More planes than a tile of them, of sizes that float32 would not add up."""
     sums = torch.full((131, 3, 9), 1.0, device=DEVICE)
@@ -410,6 +425,33 @@ def test_only_a_given_step_is_counted() -> None:
     assert step.item() == 2**40 + 1
 
 
+@pytest.mark.native_cuda
+def test_no_images_are_a_step_too() -> None:
+    step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    images, row_sums = normal(0, 3, 18, 6), normal(0, 3, 18, 9)
+    assert kernels.finish_prior_sums(images, row_sums, step).shape == (0, 3, 9)
+    assert step.item() == 1
+
+
+@pytest.mark.native_cuda
+@pytest.mark.parametrize("number", range(5))
+def test_autograd_notices_what_is_written_in_place(number: int) -> None:
+    """A product remembers its factors, and must not be differentiated with others."""
+    images, *state = (normal(1, 1, 4, 4, seed=seed).abs() for seed in range(6))
+    factors = torch.ones(1, 1, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    product = factors * state[number]
+    low, high = images.new_zeros(1), images.new_ones(1)
+    if number < 3:
+        kernels.adam_clamp_(state[0], images, *state[1:3], step=1, **ADAM, low=low, high=high)
+    else:
+        kernels.pixel_step(
+            images, *state[3:], normal(1, 4, 4), None, None, None, normal(1, 9), 1, images.new_ones(2), *ADAM.values(),
+            low, high, False, 2, 2,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 # ---- Adam alone
 
 
@@ -442,6 +484,18 @@ def test_adam_clamp(masked: bool, dtype: torch.dtype) -> None:
         if live is not None:
             still = ~live.expand(shape)
             assert torch.equal(now[still], old[still])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [({"low": (1,)}, r"\(3,\)"), ({"high": (4,)}, r"\(3,\)"), ({"live": (1, 1, 4, 4)}, r"\(2, 1, 4, 4\)")],
+)
+def test_adam_reads_no_bounds_and_no_mask_beyond_their_end(wrong: dict[str, Any], expected: str) -> None:
+    images, shapes = [normal(2, 3, 4, 4, seed=seed) for seed in range(4)], {"low": (3,), "high": (3,), **wrong}
+    ((name, shape),) = wrong.items()
+    others = {name: torch.zeros(shape, dtype=torch.float64, device=DEVICE) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=f"{name} has shape .*; expected {expected}"):
+        smi_kernels.adam_clamp_(*images, step=1, **ADAM, **others)
 
 
 # ---- launches

@@ -310,9 +310,8 @@ def test_a_graph_serves_twice_and_then_is_gone() -> None:
     assert torch.equal(once, twice)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, images)
-    (grad,) = torch.autograd.grad(vit(images).square().sum(), images, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"a SparseViT has no second derivative.*create_graph=True"):
+        torch.autograd.grad(vit(images).square().sum(), images, create_graph=True)
 
 
 def test_backward_runs_on_the_backend_of_its_forward() -> None:
@@ -348,6 +347,45 @@ def test_inputs_of_every_kind(backend: str) -> None:
     assert vit(images[:0]).shape == (0, CLASSES)
     empty = images[:0].clone().requires_grad_(True)
     assert torch.autograd.grad(vit(empty).sum(), empty)[0].shape == empty.shape
+
+
+@pytest.mark.parametrize("variant", ["plain", "no class token"])
+def test_autocast_of_the_caller_changes_no_bit(variant: str, backend: str) -> None:
+    """The precision is that of the folding, in the forward, the ranking and a backward in and behind the context."""
+    model = build(variant).float()
+    vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
+    expected, rank = gradient(vit, images), vit(images, class_attention=True)[1]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside, found = gradient(vit, images), vit(images, class_attention=True)[1]
+        leaf = images.clone().requires_grad_(True)
+        logits = vit(leaf)
+    seen = (*inside, found, torch.autograd.grad(logits.double().square().sum(), leaf)[0])
+    behind = images.clone().requires_grad_(True)
+    again = torch.autograd.grad(vit(behind).double().square().sum(), behind)[0]
+    for ours, theirs in zip(seen, (*expected, rank, again), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_a_gradient_nothing_is_kept_for_one(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, traces = build("plain"), []
+    run = SparseViT.run
+    monkeypatch.setattr(SparseViT, "run", lambda *args, **options: traces.append(run(*args, **options)) or traces[-1])
+    with torch.set_grad_enabled(grad):
+        logits = SparseViT.from_timm(model)(pixels(model).requires_grad_(True))
+    assert logits.requires_grad is grad
+    assert len(traces[0].saved) == (len(model.blocks) if grad else 0)
+
+
+def test_no_weight_is_cut_by_tf32() -> None:
+    """Matrix units read 10 bits of a mantissa and drop the other 13, which always errs to the same side."""
+    model = build("plain").float()
+    weights = SparseViT.from_timm(model, "tf32").weights
+    patch = model.patch_embed.proj.weight.detach().flatten(1)
+    for rounded in (weights.patch_weight, weights.blocks[0].qkv.weight, weights.heads_of_tokens[0].weight):
+        assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    error_of = (weights.patch_weight - patch).abs() / patch.abs()
+    assert error_of.max() <= 2**-11
 
 
 @pytest.mark.parametrize("variant", ["plain", "norm before the blocks", "attention pooling", "turned neighbours"])
@@ -435,6 +473,49 @@ def test_supported_architectures_of_timm() -> None:
             model = timm.create_model(name)
         assert isinstance(model, VisionTransformer)
         assert unsupported_reasons(model) == [], name
+
+
+class Doubled(nn.Linear):
+    """As layers with adapters or quantized weights, whose `weight` is not all there is to them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Packed(Tensor):
+    pass
+
+
+class Read(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        ("head", "its head is a Doubled, not a Linear"),
+        ("blocks.1.attn.qkv", r"its query, key and value projection is a Doubled, not a Linear \(block 1\)"),
+        ("blocks.0.attn.proj", "its attention's output projection is a Doubled"),
+        ("blocks.0.mlp.fc1", "its MLP's first layer is a Doubled"),
+        ("blocks.0.mlp.fc2", "its MLP's second layer is a Doubled"),
+        ("attn_pool.kv", "in its attention pooling a projection is a Doubled"),
+    ],
+)
+def test_layers_that_only_look_linear_are_refused(layer: str, reason: str) -> None:
+    model = build("attention pooling")
+    linear = model.get_submodule(layer)
+    model.set_submodule(layer, Doubled(linear.in_features, linear.out_features, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(ValueError, match=reason):
+        SparseViT.from_timm(model)
+    model.set_submodule(layer, linear)
+    plain, linear.weight = linear.weight, nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match=reason.split(" is a")[0] + " has its weight in a Packed, not in a plain"):
+        SparseViT.from_timm(model)
+    linear.weight = plain
+    nn.utils.parametrize.register_parametrization(linear, "weight", Read())  # another class, but of its own weight
+    with torch.no_grad():
+        torch.testing.assert_close(SparseViT.from_timm(model)(pixels(model)), model(pixels(model)))
 
 
 def test_weights_are_folded_once_and_the_model_is_left_alone() -> None:

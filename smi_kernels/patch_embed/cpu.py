@@ -108,7 +108,7 @@ def _cells(keep: Tensor | None, offsets: Tensor | None, images: int, grid: tuple
         native.expect(keep=(keep, (images, keep.shape[-1])))
         native.expect_indices("keep", keep, cells)
     K = cells if keep is None else keep.shape[1]
-    found = torch.empty(images, K, dtype=torch.int64)
+    found = torch.empty(images, K, dtype=torch.int64, device="cpu")
     native.call_untyped("map_cells", native.dense(keep), *_augmentation(offsets), found, images, K, grid)
     return found
 
