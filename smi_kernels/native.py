@@ -100,6 +100,12 @@ def call_untyped(name: str, *args: Any) -> None:
     getattr(_library(), f"smi_{name}")(*(_type(arg)(_value(name, torch.int64, arg)) for arg in args))
 
 
+def written(*tensors: Tensor) -> None:
+    """Tells autograd that an operator, which knows addresses alone, has written to these."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
 class Rows:
     """A matrix whose rows are contiguous, but may be apart: its address, and ``row``, elements from one to the next."""
 

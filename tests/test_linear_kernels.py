@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from smi_kernels import tuning
 from smi_kernels.launch import count_launches
-from smi_kernels.linear import reference
+from smi_kernels.linear import reference, vendor
 
 kernels = Kernels("linear")
 
@@ -106,6 +106,21 @@ def test_epilogues_of_the_vendors_product_compute_the_same(shape: tuple[int, int
         with tuning.forcing(tuning.VENDOR), count_launches() as launches:
             du = kernels.linear_dx(tensors["dy"], tensors["weight2"], dtype)
         assert launches == [] and torch.equal(du, tensors["dy"] @ tensors["weight2"])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
+def test_the_vendor_sums_in_float32_and_the_callers_settings_come_back(precision: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    for dtype, name, expected in (
+        (torch.float32, "fp32_precision", tuning.dot_precision(precision)),
+        (torch.bfloat16, "allow_bf16_reduced_precision_reduction", False),
+        (torch.float16, "allow_fp16_reduced_precision_reduction", False),
+    ):
+        before = getattr(matmul, name)
+        with vendor._sums_in_float32(dtype, precision):
+            assert getattr(matmul, name) == expected
+        assert getattr(matmul, name) == before
 
 
 @pytest.mark.triton

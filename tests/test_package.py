@@ -262,6 +262,26 @@ assert not torch.cuda.is_initialized()
         assert "no CUDA GPU is visible" in reason or "built without GPU support" in reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "reason"),
+    [
+        ((7, 5), "3.9.0", "has compute capability 7.5; the kernels need 8.0"),
+        ((9, 0), "3.6.0", None),
+        ((10, 0), "3.6.0", "has compute capability 10.0, for which Triton 3.6 fails"),
+        ((10, 0), "3.7.0", None),
+    ],
+)
+def test_kernels_say_which_gpus_they_are_not_for(
+    capability: tuple[int, int], triton: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("SMI_PDL", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: triton)
+    found = backends.reasons_against("triton", torch.device("cuda"))
+    assert len(found) == (reason is not None) and (reason is None or reason in found[0])
+
+
 def test_backends_command_prints_a_row_each() -> None:
     command = [sys.executable, "-m", "smi_kernels.backends"]
     plain = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from smi_kernels.tuning import dot_precision
 
+_SETTINGS = {
+    torch.float32: "fp32_precision",
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+
 
 def product(a: Tensor, b: Tensor, precision: str, dtype: torch.dtype | None = None) -> Tensor:
     """``a @ b``, accumulated in float32 (float64 of float64).
@@ -28,7 +34,7 @@ def product(a: Tensor, b: Tensor, precision: str, dtype: torch.dtype | None = No
     wide = torch.promote_types(a.dtype, torch.float32)
     dtype = dtype or wide
     if a.dtype in (wide, dtype):
-        with _float32_products(precision) if a.is_cuda and a.dtype == torch.float32 else contextlib.nullcontext():
+        with _sums_in_float32(a.dtype, precision) if a.is_cuda and a.itemsize <= 4 else contextlib.nullcontext():
             return torch.mm(a, b).to(dtype)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=wide).to(dtype)
@@ -36,11 +42,13 @@ def product(a: Tensor, b: Tensor, precision: str, dtype: torch.dtype | None = No
 
 
 @contextlib.contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
+def _sums_in_float32(dtype: torch.dtype, precision: str) -> Iterator[None]:
+    """Products of float32 numbers in `precision`; parts of a sum of 16-bit products are not rounded to be added."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = dot_precision(precision)
+    name, wanted = _SETTINGS[dtype], dot_precision(precision) if dtype == torch.float32 else False
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)

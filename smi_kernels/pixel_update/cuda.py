@@ -74,6 +74,7 @@ def pixel_step(
         float(eps), low.contiguous(), high.contiguous(), frozen, new_images, row_sums, B, C, K, H, W, patch_height,
         patch_width,
     )  # fmt: skip
+    native.written(*moments)
     copy_back((exp_avg, exp_avg_sq), moments)
     return new_images, row_sums
 
@@ -93,7 +94,7 @@ def finish_prior_sums(images: Tensor, row_sums: Tensor, step: Tensor | None) -> 
         "finish_prior_sums", images.dtype, images.contiguous(), row_sums.contiguous(), step, sums, B * C, H, W
     )
     if step is not None:
-        torch.autograd.graph.increment_version(step)
+        native.written(step)
     return sums
 
 
