@@ -10,81 +10,22 @@ left operand, and the kernel is its epilogue alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from smi_kernels import tuning
-from smi_kernels.launch import launch
+from smi_kernels.linear.tile import launch_tiles, product_tile, tile_position
 from smi_kernels.linear.vendor import product
 from smi_kernels.tiles import (
     STAT_CHUNK,
     chunks,
-    compute_type,
-    dot,
     gelu_factor,
     row_moments,
     store_row_statistics,
     wait_for_previous,
 )
-
-
-@triton.jit
-def _tile_position(M, OUT, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program's tile; neighbours in time share columns of the weights through L2."""
-    GROUP: tl.constexpr = 8
-    tiles_n = tl.cdiv(OUT, BLOCK_N)
-    pid = tl.program_id(0)
-    first = pid // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    within = pid % (GROUP * tiles_n)
-    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
-
-
-@triton.jit
-def _product(
-    a_ptr,  # (M, K), contiguous along K; the product itself, (M, OUT), if VENDOR
-    b_ptr,  # element (k, n) at k * b_stride_k + n * b_stride_n
-    rows,  # (BLOCK_M,)
-    columns,  # (BLOCK_N,)
-    M,
-    OUT,
-    K,
-    a_stride_m,
-    b_stride_k,
-    b_stride_n,
-    VENDOR: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) tile of a @ b. Rows beyond the end repeat the last one, columns are 0; stores mask both."""
-    if VENDOR:
-        at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
-        inside = (rows < M)[:, None] & (columns < OUT)[None, :]
-        product = tl.load(a_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    else:
-        k = tl.arange(0, BLOCK_K)
-        a_tile = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride_m + k[None, :]
-        b_tile = b_ptr + k[:, None] * b_stride_k + columns.to(tl.int64)[None, :] * b_stride_n
-        product = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-        for start in range(0, K, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(a_tile)
-                b = tl.load(b_tile, mask=(columns < OUT)[None, :], other=0.0)
-            else:
-                a = tl.load(a_tile, mask=(k < K - start)[None, :], other=0.0)
-                b = tl.load(b_tile, mask=(k < K - start)[:, None] & (columns < OUT)[None, :], other=0.0)
-            product = dot(a, b, product, PRECISION)
-            a_tile += BLOCK_K
-            b_tile += BLOCK_K * b_stride_k
-    return product
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -114,10 +55,10 @@ def norm_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
+    first_row, first_column = tile_position(M, OUT, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    product = _product(
+    product = product_tile(
         x_ptr, weight_ptr, rows, columns, M, OUT, D, x_stride_m, 1, D,
         VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -161,10 +102,10 @@ def linear_residual_kernel(
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    first_row, first_column = tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    x = _product(
+    x = product_tile(
         a_ptr, weight_ptr, rows, columns, M, D, K, K, 1, K,
         VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -196,10 +137,10 @@ def linear_dx_kernel(
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    first_row, first_column = tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    dx = _product(
+    dx = product_tile(
         dy_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
         False, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -231,10 +172,10 @@ def linear_gelu_dx_kernel(
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    first_row, first_column = _tile_position(M, OUT, BLOCK_M, BLOCK_N)
+    first_row, first_column = tile_position(M, OUT, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    product = _product(
+    product = product_tile(
         dy_ptr, weight_ptr, rows, columns, M, OUT, D, D, OUT, 1,
         VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -290,10 +231,10 @@ def norm_linear_dx_kernel(
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    first_row, first_column = _tile_position(M, D, BLOCK_M, BLOCK_N)
+    first_row, first_column = tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    wide = _product(
+    wide = product_tile(
         du_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
         VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -391,7 +332,7 @@ def _launch_norm_linear(
         "GELU": "" if activation is None else kind,
         "CHUNKS": triton.next_power_of_2(chunks(D)),
     }
-    _launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, ("x_ptr", weight.T))
+    launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, ("x_ptr", weight.T))
     return moments
 
 
@@ -420,7 +361,7 @@ def linear_residual(
         "stats_stride_m": stats.stride(0),
         "HAS_LOW": x.dtype != a.dtype,
     }
-    _launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype, ("a_ptr", weight.T))
+    launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype, ("a_ptr", weight.T))
     return x, x_low, stats
 
 
@@ -439,7 +380,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
         "OUT": OUT,
         "D": D,
     }
-    _launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype)
+    launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype)
     return dx
 
 
@@ -465,7 +406,7 @@ def linear_gelu_dx(
         "dstats_stride_m": dstats.stride(0),
         "GELU": kind,
     }
-    _launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, ("dy_ptr", weight))
+    launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, ("dy_ptr", weight))
     return du, dstats
 
 
@@ -509,45 +450,8 @@ def norm_linear_dx(
         "HAS_EXTRA": extra is not None,
         "HAS_LOW": dx.dtype != weight.dtype,
     }
-    _launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, ("du_ptr", weight))
+    launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, ("du_ptr", weight))
     return dx, dx_low
-
-
-def _launch_tiles(
-    kernel: Any,
-    args: dict[str, Any],
-    tile: tuning.Tile,
-    M: int,
-    N: int,
-    K: int,
-    precision: str,
-    compute: torch.dtype,
-    factors: tuple[str, Tensor] | None = None,
-) -> None:
-    """Launch one program for each tile of an (M, N) result whose sums run over K.
-
-    `factors` are the name of the left operand and the right one as (K, N), of a kernel that takes their product too.
-    """
-    if factors is not None:
-        left, right = factors
-        made = {left: product(args[left], right, precision)} if tile.vendor and M else {}
-        args = {**args, **made, "VENDOR": tile.vendor}
-    launch(
-        kernel,
-        (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),),
-        {
-            **args,
-            "EVEN_K": tile.vendor or K % tile.k == 0,
-            "PRECISION": tuning.dot_precision(precision),
-            "COMPUTE": compute_type(compute),
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k,
-        },
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        max_registers=min(255, 2048 // tile.warps),
-    )
 
 
 def _empty_low(x: Tensor, dtype: torch.dtype) -> Tensor:
