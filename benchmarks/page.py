@@ -38,11 +38,11 @@ def page(results: Results, where: Where) -> str:
         "## How cost grows",
         *_all("scaling", scaling, results, where),
         "## What images are worth",
-        *_all("table_of_truth", truth, results, where),
-        "## Do rankings find the patches that matter?",
         "For most of its training the embedded teacher missed half of the patches of every image, drawn at random. "
         "`local-dir:whole` is a second one that missed none (`python scripts/train_embedded.py whole`; the first three "
         "of its five epochs had the learning rates of a run of eight).",
+        *_all("table_of_truth", truth, results, where),
+        "## Do rankings find the patches that matter?",
         *_all("rankings", rankings, results, where),
         "## When should pruning begin?",
         *_all("when_to_prune", when_to_prune, results, where),
