@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smi_kernels import tuning
 from smi_kernels.launch import launch
+from smi_kernels.linear.tile import launch_tiles, product_tile, tile_position
 from smi_kernels.patch_embed.addressing import load_offsets, patch_cell, pixel_slot, source_pixel, wrap
 from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics, wait_for_previous
@@ -115,39 +116,29 @@ def embed_tokens_dx_kernel(
     K,
     P,
     D,
+    PIXELS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
-    PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     wait_for_previous()
-    tiles_n = tl.cdiv(PIXELS, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, first_column = tile_position(M, PIXELS, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
     b = tl.minimum(rows, M - 1) // K
-    token = tl.minimum(rows, M - 1) - b * K + P
-    k = tl.arange(0, BLOCK_K)
-    dx_tile = dx_ptr + (b * (K + P) + token).to(tl.int64)[:, None] * D + k[None, :]
-    weight_tile = weight_ptr + k.to(tl.int64)[:, None] * PIXELS + columns[None, :]
-    d_patches = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-    for start in range(0, D, BLOCK_K):
-        if EVEN_D:
-            dx = tl.load(dx_tile)
-            weights = tl.load(weight_tile, mask=(columns < PIXELS)[None, :], other=0.0)
-        else:
-            dx = tl.load(dx_tile, mask=(k < D - start)[None, :], other=0.0)
-            weights = tl.load(weight_tile, mask=(k < D - start)[:, None] & (columns < PIXELS)[None, :], other=0.0)
-        d_patches = dot(dx, weights, d_patches, PRECISION)
-        dx_tile += BLOCK_K
-        weight_tile += BLOCK_K * PIXELS
+    tokens = tl.minimum(rows, M - 1) + (b + 1) * P  # prefix tokens stand before the patches of each image
+    d_patches = product_tile(
+        dx_ptr, weight_ptr, tokens, columns, M // K * (K + P), PIXELS, D, D, PIXELS, 1,
+        False, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if HAS_SCALE:
         d_patches *= tl.load(scale_ptr + b)[:, None]
-    out = rows.to(tl.int64)[:, None] * PIXELS + columns[None, :]
-    tl.store(d_patches_ptr + out, d_patches, mask=(rows < M)[:, None] & (columns < PIXELS)[None, :])
+    at = rows.to(tl.int64)[:, None] * PIXELS + columns[None, :]
+    tl.store(d_patches_ptr + at, d_patches, mask=(rows < M)[:, None] & (columns < PIXELS)[None, :])
 
 
 @triton.jit
@@ -247,31 +238,19 @@ def embed_tokens_dx(
     wide = torch.promote_types(dx_low.dtype, torch.float32)
     d_patches = torch.empty(B, K, pixels, dtype=wide, device=dx_low.device)
     tile = tuning.tile("embed_tokens_dx", weight.dtype, B * K, pixels, D, precision, dx_low.device)
-    launch(
-        embed_tokens_dx_kernel,
-        (triton.cdiv(B * K, tile.m) * triton.cdiv(pixels, tile.n),),
-        {
-            "dx_ptr": dx_low.contiguous(),
-            "weight_ptr": weight.contiguous(),
-            "scale_ptr": None if scale is None else scale.contiguous(),
-            "d_patches_ptr": d_patches,
-            "M": B * K,
-            "K": K,
-            "P": prefix_tokens,
-            "D": D,
-            "HAS_SCALE": scale is not None,
-            "EVEN_D": D % tile.k == 0,
-            "PRECISION": tuning.dot_precision(precision),
-            "COMPUTE": compute_type(wide),
-            "PIXELS": pixels,
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k,
-        },
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        max_registers=min(255, 2048 // tile.warps),
-    )
+    args = {
+        "dx_ptr": dx_low.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "scale_ptr": None if scale is None else scale.contiguous(),
+        "d_patches_ptr": d_patches,
+        "M": B * K,
+        "K": K,
+        "P": prefix_tokens,
+        "D": D,
+        "PIXELS": pixels,
+        "HAS_SCALE": scale is not None,
+    }
+    launch_tiles(embed_tokens_dx_kernel, args, tile, B * K, pixels, D, precision, wide)
     return d_patches
 
 
