@@ -12,11 +12,11 @@ from smi_kernels.tiles import compute_type
 
 
 @triton.jit
-def _query_norm(query, norm_ptr, query_stride_d, EPS, D, COMPUTE: tl.constexpr, WHOLE_D: tl.constexpr):
+def _query_norm(query, norm_ptr, query_step_d, EPS, D, COMPUTE: tl.constexpr, WHOLE_D: tl.constexpr):
     """Mean and 1 / standard deviation of one query, and the normalised query's product with the bias of the keys."""
     d = tl.arange(0, WHOLE_D)
     inside = d < D
-    q = tl.load(query + d * query_stride_d, mask=inside, other=0.0).to(COMPUTE)
+    q = tl.load(query + d * query_step_d, mask=inside, other=0.0).to(COMPUTE)
     mean = tl.sum(q, axis=0) / D
     apart = tl.where(inside, q - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(apart * apart, axis=0) / D + EPS)
@@ -54,18 +54,21 @@ def class_row(
     n = tl.arange(0, BLOCK_N)
     tokens = n < N
     d = tl.arange(0, BLOCK_D)
-    offsets = n.to(tl.int64)[:, None] * key_stride_n + d[None, :] * key_stride_d
+    # Any axis may be the outermost, and 32 bits not reach from one head, or column, to the last.
+    query_step_h, query_step_d = tl.full((), query_stride_h, tl.int64), tl.full((), query_stride_d, tl.int64)
+    key_step_h, key_step_d = tl.full((), key_stride_h, tl.int64), tl.full((), key_stride_d, tl.int64)
+    offsets = n.to(tl.int64)[:, None] * key_stride_n + d[None, :] * key_step_d
     total = tl.zeros((BLOCK_N,), COMPUTE)
     for head in range(H):
-        query = query_ptr + image.to(tl.int64) * query_stride_b + head * query_stride_h
-        keys = key_ptr + image.to(tl.int64) * key_stride_b + head * key_stride_h
+        query = query_ptr + image.to(tl.int64) * query_stride_b + head * query_step_h
+        keys = key_ptr + image.to(tl.int64) * key_stride_b + head * key_step_h
         if HAS_NORM:
-            query_mean, query_rstd, shift = _query_norm(query, norm_ptr, query_stride_d, EPS, D, COMPUTE, WHOLE_D)
+            query_mean, query_rstd, shift = _query_norm(query, norm_ptr, query_step_d, EPS, D, COMPUTE, WHOLE_D)
             mean = tl.zeros((BLOCK_N,), COMPUTE)
             for start in range(0, D, BLOCK_D):
                 at = start + d
                 inside = tokens[:, None] & (at < D)[None, :]
-                key = tl.load(keys + start * key_stride_d + offsets, mask=inside, other=0.0).to(COMPUTE)
+                key = tl.load(keys + start * key_step_d + offsets, mask=inside, other=0.0).to(COMPUTE)
                 mean += tl.sum(key, axis=1)
             mean /= D
 
@@ -74,8 +77,8 @@ def class_row(
         for start in range(0, D, BLOCK_D):
             at = start + d
             inside = tokens[:, None] & (at < D)[None, :]
-            q = tl.load(query + at * query_stride_d, mask=at < D, other=0.0).to(COMPUTE)
-            key = tl.load(keys + start * key_stride_d + offsets, mask=inside, other=0.0).to(COMPUTE)
+            q = tl.load(query + at * query_step_d, mask=at < D, other=0.0).to(COMPUTE)
+            key = tl.load(keys + start * key_step_d + offsets, mask=inside, other=0.0).to(COMPUTE)
             if HAS_NORM:
                 q = (q - query_mean) * query_rstd
                 q = q * tl.load(norm_ptr + at, mask=at < D, other=0.0)

@@ -34,7 +34,7 @@ def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     qkv, qk_norm, size = ctx.saved_tensors
-    unused = torch.zeros(qkv[0, 0].numel(), dtype=_wide(qkv.dtype), device=qkv.device)
+    unused = torch.zeros(qkv.shape[2:].numel(), dtype=_wide(qkv.dtype), device=qkv.device)
     dqkv, _ = torch.ops.smi.attention_dx(qkv, d_out.contiguous(), qk_norm, ctx.eps, unused, unused, ctx.precision, size)
     return dqkv, None, None, None, None
 
@@ -46,7 +46,7 @@ def _class_attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _class_attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     query, kv, qk_norm, size = ctx.saved_tensors
-    unused = torch.zeros(kv[0, 0].numel(), dtype=_wide(kv.dtype), device=kv.device)
+    unused = torch.zeros(kv.shape[2:].numel(), dtype=_wide(kv.dtype), device=kv.device)
     half = unused[: unused.numel() // 2]
     d_query, d_kv, _ = torch.ops.smi.class_attention_dx(
         query, kv, d_out.contiguous(), qk_norm, ctx.eps, half, half, unused, unused, size

@@ -153,7 +153,7 @@ def _(qkv, qk_norm, eps, precision, size=None):
 )
 def _(qkv, d_out, qk_norm, eps, colsum, bias, precision, size=None):
     B, N, _, H, d = qkv.shape
-    return torch.empty_like(qkv), colsum.new_empty(B * N, H, 2)
+    return qkv.new_empty(qkv.shape), colsum.new_empty(B * N, H, 2)
 
 
 @_define(
@@ -172,7 +172,7 @@ def _(query, kv, qk_norm, eps, size=None):
 )
 def _(query, kv, d_out, qk_norm, eps, q_colsum, q_bias, kv_colsum, kv_bias, size=None):
     B, N, _, H, d = kv.shape
-    return query.new_empty(query.shape), torch.empty_like(kv), q_colsum.new_empty(B * N, H, 2)
+    return query.new_empty(query.shape), kv.new_empty(kv.shape), q_colsum.new_empty(B * N, H, 2)
 
 
 @_define("token_merge", "match_tokens(Tensor key, Tensor? norm, float eps, SymInt prefix, SymInt fewer) -> Tensor")

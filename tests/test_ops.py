@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernels import BACKENDS, DEVICE
 from torch import Tensor
+from torch.library import opcheck
 
 from smi_kernels import ops, use_backend
 from smi_kernels.derivatives import DERIVATIVES
@@ -119,10 +120,24 @@ def test_schema_and_fakes_hold(name: str, low: torch.dtype, backend: str) -> Non
     with use_backend(backend):
         for args, options in samples(low)[name]:
             clones = [a.clone() if isinstance(a, Tensor) else a for a in args]
-            torch.library.opcheck(
+            opcheck(
                 getattr(torch.ops.smi, name).default, clones, options,
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(name for name, folder in ops.OPERATORS.items() if folder == "attention"))
+def test_attention_is_contiguous_whatever_it_is_given_as_its_fake_says(name: str, backend: str) -> None:
+    """Of inputs that are dense, but in another order, and of heads of one column."""
+    with use_backend(backend):
+        for args, options in samples(torch.float64)[name]:
+            moved = [a.mT.contiguous().mT if isinstance(a, Tensor) and a.ndim > 1 else a for a in args]
+            opcheck(getattr(torch.ops.smi, name).default, moved, options, test_utils="test_faketensor")
+        one = normal(B, N, 3, H, 1)
+        of_one = {"attention": (one, None, 1e-6, "ieee"), "class_attention": (one[:, :2, 0], one[:, :, 1:], None, 1e-6)}
+        if name in of_one:
+            opcheck(getattr(torch.ops.smi, name).default, of_one[name], test_utils="test_faketensor")
 
 
 def differentiable(name: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -151,6 +166,14 @@ def test_derivatives_are_those_of_finite_differences(name: str, backend: str) ->
         for args, _ in samples(torch.float64)[name]:
             function, inputs = differentiable(name, args)
             assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["attention", "class_attention"])
+def test_of_no_images_there_is_a_gradient(name: str) -> None:
+    function, inputs = differentiable(name, samples(torch.float32)[name][0][0])
+    none = [value.detach()[:0].requires_grad_(True) for value in inputs]
+    for value, grad in zip(none, torch.autograd.grad(function(*none).sum(), none), strict=True):
+        assert grad.shape == value.shape
 
 
 @pytest.mark.parametrize("name", sorted(DERIVATIVES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -206,6 +208,14 @@ def test_attention_row_within_budget_in_one_launch(N: int, dtype: torch.dtype) -
     assert within_budget(row, plain, exact, factor=2, floor=1e-12 if dtype == torch.float64 else 1e-7)
 
 
+@pytest.mark.parametrize("d", [1, 2])
+def test_attention_row_reads_columns_that_lie_apart(d: int) -> None:
+    query, key = (random(*shape, seed=4) for shape in ((2, 3, 3 * d), (2, 3, 5, 3 * d)))
+    row = attention_kernels.attention_row(query[..., ::3], key[..., ::3], 0.7)
+    expected = attention_reference.attention_row(query[..., ::3].double(), key[..., ::3].double(), 0.7)
+    torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_ranks_have_the_same_bits_alone_and_in_a_batch() -> None:
     query, key = tokens(3, 20, 2, 12, torch.bfloat16)
     norm, keep = random(4, 12, seed=3), kept(3, 19)
@@ -221,6 +231,34 @@ def test_nothing_to_rank() -> None:
     keep = torch.empty(0, 7, dtype=torch.int64, device=DEVICE)
     assert [t.shape for t in kernels.rank_tokens(query, key, 1.0, None, 0.0, keep, 3, 1)] == [(0, 3), (0, 7)]
     assert attention_kernels.attention_row(query, key.transpose(1, 2), 1.0).shape == (0, 8)
+
+
+FAR = 2**30 + 64
+
+
+@pytest.mark.parametrize(
+    ("H", "d", "query_strides", "key_strides"),
+    [(3, 8, (0, FAR, 1), (0, FAR, 8, 1)), (2, 3, (0, 1, FAR), (0, 4, 1, FAR))],
+    ids=["heads", "columns"],
+)
+def test_attention_row_of_what_lies_further_apart_than_32_bits_count(
+    H: int, d: int, query_strides: tuple[int, ...], key_strides: tuple[int, ...]
+) -> None:
+    """The memory between is never touched, so that a host need not have it."""
+    memory = torch.empty(2 * FAR + 64, dtype=torch.float16, device=DEVICE)
+    key = memory.as_strided((1, H, 4, d), key_strides).copy_(random(1, H, 4, d, seed=5))
+    query = memory.as_strided((1, H, d), query_strides, 32).copy_(random(1, H, d, seed=6))
+    row = attention_kernels.attention_row(query, key, 0.5)
+    expected = attention_reference.attention_row(query.double(), key.double(), 0.5)
+    torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_over_no_tokens_is_empty() -> None:
+    """In a thread that has no memory of earlier calls to read from."""
+    query, key = tokens(1, 0, 2, 4, torch.float32)
+    with ThreadPoolExecutor(1) as fresh:
+        row = fresh.submit(attention_kernels.attention_row, query, key.transpose(1, 2), 1.0).result()
+    assert row.shape == (1, 0)
 
 
 @pytest.mark.triton

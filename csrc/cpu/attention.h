@@ -36,7 +36,7 @@ void softmax(T* scores, int64_t rows, int64_t n, int64_t width) {
   for (int64_t i = 0; i < rows; ++i) {
     T* row = scores + i * width;
     std::fill(row + n, row + width, -std::numeric_limits<T>::infinity());  // so that no loop has a remainder
-    T top = row[0];
+    T top = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < width; ++j) top = row[j] > top ? row[j] : top;
     double sum = 0;

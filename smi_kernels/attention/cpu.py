@@ -18,7 +18,7 @@ def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
         return reference.attention_row(query, key, scale)
     B, H, N, d = key.shape
     native.expect(query=(query, (B, H, d)))
-    query, key = (t if t.stride(-1) == 1 or d == 1 else t.contiguous() for t in (query, key))
+    query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
     row = query.new_empty(B, N)
     native.call(
         "attention_row", query.dtype, native.Rows(query), *query.stride()[:2], native.Rows(key), *key.stride()[:3],

@@ -63,7 +63,7 @@ def attention(
     q, k, v = _heads(qkv, qk_norm, eps)
     probabilities = _probabilities(q, k, size)
     out = _rounded(probabilities, qkv.dtype) @ v
-    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
+    return out.transpose(1, 2).contiguous().flatten(2).to(qkv.dtype)
 
 
 def attention_dx(
@@ -118,7 +118,7 @@ def class_attention(
     """
     q, k, v = _class_heads(query, kv, qk_norm, eps)
     out = _probabilities(q, k, size) @ v
-    return out.transpose(1, 2).flatten(2).to(query.dtype)
+    return out.transpose(1, 2).contiguous().flatten(2).to(query.dtype)
 
 
 def class_attention_dx(
