@@ -34,13 +34,12 @@ class _Fed(NamedTuple):
 
 
 class _Halves(NamedTuple):
-    """Two graphs of one iteration, and the tensors between them."""
+    """Two graphs of one iteration, and the tensors between them; None for gradients that the loss does not give."""
 
     feed: Graph
     move: Graph
     fed: list[_Fed]
-    d_logits: Tensor
-    d_images: Tensor
+    gradients: tuple[Tensor | None, Tensor | None]
 
 
 class PixelDescent:
@@ -150,6 +149,7 @@ class PixelDescent:
         self.in_graphs = self.images.is_cuda
         self._whole: Graph | None = None
         self._halves: _Halves | None = None
+        self._given = (True, True)  # whether the loss gave gradients of logits and of images, when last launched
         self._captured = vit.weights, vit.merge_to
 
     @torch.no_grad()
@@ -222,8 +222,10 @@ class PixelDescent:
         # At once, for a capture that succeeds also clears what a spoilt one leaves behind in PyTorch's generators.
         if self.around_loss and self._halves is None:
             fed: list[_Fed] = []
-            d_logits = self._bias.new_zeros(self.images.shape[0], self._bias.shape[1])
-            d_images = torch.zeros_like(self.images)
+            # Only what the launched iteration had: kernels for more would be loaded in the capture, which CUDA forbids.
+            logits_given, images_given = self._given
+            d_logits = self._bias.new_zeros(self.images.shape[0], self._bias.shape[1]) if logits_given else None
+            d_images = torch.zeros_like(self.images) if images_given else None
 
             def feed() -> None:
                 fed[:] = [self._feed(self.images, self._sums)]
@@ -231,7 +233,7 @@ class PixelDescent:
             def move() -> None:
                 self._store(*self._move(self.images, fed[0], d_logits, d_images))
 
-            self._halves = _Halves(Graph(feed, device), Graph(move, device), fed, d_logits, d_images)
+            self._halves = _Halves(Graph(feed, device), Graph(move, device), fed, (d_logits, d_images))
 
     def _unrolled(self) -> None:
         with NoWaiting():
@@ -240,9 +242,16 @@ class PixelDescent:
     def _replay(self, halves: _Halves) -> None:
         """One iteration, with the loss between two graphs."""
         halves.feed.replay()
-        gradients = self._judge(self.images, halves.fed[0].logits, halves.fed[0].offsets)
-        for static, gradient in zip((halves.d_logits, halves.d_images), gradients, strict=True):
-            static.zero_() if gradient is None else static.copy_(gradient)
+        fed = halves.fed[0]
+        gradients = self._judge(self.images, fed.logits, fed.offsets)
+        pairs = list(zip(halves.gradients, gradients, strict=True))
+        if any(static is None and gradient is not None for static, gradient in pairs):  # it gives more than before
+            self._store(*self._move(self.images, fed, *gradients))
+            self._halves = None
+            return
+        for static, gradient in pairs:
+            if static is not None:
+                static.zero_() if gradient is None else static.copy_(gradient)
         halves.move.replay()
 
     def _iterate(self, iterations: int) -> None:
@@ -278,9 +287,10 @@ class PixelDescent:
         with torch.enable_grad():
             images, logits = images.detach().requires_grad_(), logits.detach().requires_grad_()
             value = self._loss(images, logits, offsets, self._step)
-            if not value.requires_grad:
-                return None, None
-            d_logits, d_images = torch.autograd.grad(value, (logits, images), allow_unused=True)
+            d_logits, d_images = None, None
+            if value.requires_grad:
+                d_logits, d_images = torch.autograd.grad(value, (logits, images), allow_unused=True)
+        self._given = d_logits is not None, d_images is not None
         return d_logits, d_images
 
     def _move(

@@ -267,6 +267,42 @@ def test_what_must_not_be_captured_is_not_tried(with_graphs: Callable[..., Any])
     assert one.around_loss == "it counts"
 
 
+@pytest.mark.parametrize("first", ["logits", "pixels", "nothing"])
+def test_graphs_around_a_loss_hold_what_was_launched_before(
+    first: str, with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA loads no kernel while it captures, and with and without a further gradient the pixel step's is another."""
+    terms: dict[str, Loss] = {
+        "logits": lambda images, logits, *_: logits.square().sum(),
+        "pixels": lambda images, logits, *_: images.square().sum(),
+        "nothing": lambda images, logits, *_: torch.zeros((), dtype=images.dtype, device=images.device),
+        "both": everything,
+    }
+    done = 0
+
+    def changing(*args: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        return terms[first if done < 5 else "both"](*args)
+
+    expected = run(descent(changing))
+    done = 0
+    one = with_graphs(descent(changing, around_loss="it changes"))
+    launched: set[tuple[bool, bool]] = set()
+    move = one._move
+
+    def watched(images: Tensor, fed: Any, d_logits: Tensor | None, d_images: Tensor | None) -> Any:
+        variant = d_logits is not None, d_images is not None
+        if Rehearsal.capturing:
+            assert variant in launched
+        launched.add(variant)
+        return move(images, fed, d_logits, d_images)
+
+    monkeypatch.setattr(one, "_move", watched)
+    assert same(run(one), expected)
+    assert len(launched) == 2 and "move" in Rehearsal.made
+
+
 def test_a_loss_that_fails_costs_no_iteration(with_graphs: Callable[..., Any]) -> None:
     calls: list[int] = []
 
