@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import smi
 import smi_kernels
+from benchmarks import timing
 from smi.cli import app
 from smi.flops import count_flops
 from smi.profile import profile
@@ -95,3 +96,60 @@ def test_what_cannot_be_profiled_is_said() -> None:
 def test_the_number_of_patches_is_checked() -> None:
     with pytest.raises(smi.SmiError, match="kept is 17; expected 1 to 16"):
         profile(smi.SparseModel(tiny().to(DEVICE)), kept=17)
+
+
+class Simulated:
+    """A host and a device with a clock each, in microseconds: what is launched begins when both are ready."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = self.worked = 0.0
+        clocks = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                clocks.launch(1.0, 0.0)
+                self.at = clocks.device
+
+            def synchronize(self) -> None:
+                clocks.host = max(clocks.host, self.at)
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at) / 1e3  # milliseconds
+
+        class Graph:
+            def __init__(self, body: Any, device: torch.device) -> None:
+                clocks.worked = 0.0
+                body()
+                self.takes = clocks.worked  # captured, the device alone counts
+
+            def replay(self) -> None:
+                clocks.launch(12.0, self.takes)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr("smi_kernels.graphs.Graph", Graph)
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.device, self.host) + device
+        self.worked += device
+
+
+def test_on_a_gpu_no_launch_of_the_host_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks, cuda = Simulated(monkeypatch), torch.device("cuda")
+
+    def body() -> None:
+        clocks.launch(90.0, 3.0)
+
+    assert smi_kernels.timed(body, cuda, repeats=10, rounds=3) == pytest.approx([3e-6] * 3)
+
+    class Evicted:
+        def add_(self, _: int) -> None:
+            clocks.launch(5.0, 2 * 2**28 / 3.35e6)  # bytes a microsecond of an H100
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Evicted())
+    body_of_several = [lambda: clocks.launch(90.0, 3.0), lambda: (clocks.launch(120.0, 2.0), clocks.launch(120.0, 2.0))]
+    found = [timing._cold(each, cuda, rounds=2) for each in body_of_several]
+    assert found == [pytest.approx([3e-6] * 2), pytest.approx([4e-6] * 2)]
