@@ -185,10 +185,16 @@ def main() -> None:
     record = new_record(device, args.name, random_weights=not args.pretrained, steps=args.steps, rounds=args.rounds)
     for short in args.models:
         name = MODELS.get(short, short)
-        network = smi.load_model(name, pretrained=args.pretrained)
-        if not args.pretrained:
-            random_weights(network)
+        network = None
         for batch in args.batch_sizes:
+            if clock.over:  # to load and gate a large model takes longer than is left
+                about = {"model": name, "batch_size": batch, "reason": "no time left"}
+                record["skipped"] += [{**about, "implementation": which} for which in args.implementations]
+                continue
+            if network is None:
+                network = smi.load_model(name, pretrained=args.pretrained)
+                if not args.pretrained:
+                    random_weights(network)
             config = smi.preset("paper-quant").replace(batch_size=batch)
             measure(
                 name,

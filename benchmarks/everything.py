@@ -8,13 +8,17 @@ Each part is a process with a time of its own; one that fails or takes too long 
 holds ``summary.json`` (what ran, how long, how it ended), ``log.txt`` (all that was printed) and the result files,
 which are written as they grow: whatever ends the run leaves what was found. Copy them to benchmarks/results/ and run
 ``python -m benchmarks.readme`` to publish them. Without a GPU the same parts run on the CPU, so that the script itself
-is tried out; nothing is downloaded.
+is tried out; nothing is downloaded. Before, ``python csrc/build.py --out smi_kernels/_native`` compiles the operators
+that a checkout has not; what is not there is neither tested nor timed, and the summary says so under ``backends``.
+What torch.compile tunes takes longer to compile than is left here, and wants a run of its own: ``python -m
+benchmarks.end_to_end --models Ti S --implementations SMI C16 --whole --name end_to_end-compiled --minutes 8``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +42,15 @@ from smi_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 MINUTES, QUICK_MINUTES = 8.7, 1.9
+# Of compilers alone, which would have all the time: nothing of them runs on a GPU.
+COMPILING = tuple(
+    f"tests/test_cuda_operators.py::test_{name}"
+    for name in (
+        "no_kernel_races_or_leaves_its_arrays",
+        "a_missing_barrier_would_be_seen",
+        "no_spills_and_whole_vectors_on_every_architecture",
+    )
+)
 GRACE = 4.0  # seconds to say what there is to say once the time is over
 
 
@@ -75,8 +88,8 @@ def parts(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
 
 def _correctness(quick: bool) -> list[Part]:
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernels.py"))
-    suites = ["tests/gpu", *([] if quick else [*kernels, "tests/test_vit.py", "tests/test_cuda_operators.py"])]
-    pytest = _python("pytest", "-q", "--maxfail", "10", "-p", "no:cacheprovider", *suites)
+    kernels += ["tests/test_vit.py", "tests/test_cuda_operators.py"]
+    kernels += [word for test in COMPILING for word in ("--deselect", test)]
     # Few iterations in each phase, so that nothing is captured: sanitizers see every launch by itself.
     schedule = ["--iterations", "7", "--prune-at", "2,4", "--prune-ratio", ".3,.3"]
     pool = str(Path(tempfile.gettempdir()) / "smi-sanitized")
@@ -85,17 +98,31 @@ def _correctness(quick: bool) -> list[Part]:
     short += ["--out", pool, "--backend", "auto" if backends.reasons_against("cuda") else "cuda"]
 
     def sanitized(tool: str, share: float, **more: Any) -> Part:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *short]
+        # Calls that PyTorch and Triton make to see what is there may fail; a launch that fails raises in any case.
+        quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = ["compute-sanitizer", "--tool", tool, *quiet, "--error-exitcode", "9", *short]
         return Part(tool, share, command, needs="compute-sanitizer", **more)
 
     # The allocator hands out parts of larger blocks, within which nothing is out of bounds.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    few = (("OMP_NUM_THREADS", "1"),)  # or each process would have one for each core, and all wait for each other
     return [
-        Part("correctness", 0.3 if quick else 0.22, pytest, quick=True),
+        # Few at a time: each brings a large network.
+        Part("correctness", 0.3 if quick else 0.13, _tests(6, "tests/gpu"), quick=True, variables=few),
+        Part("kernels", 0.09, _tests(12, *kernels), variables=few),
         sanitized("memcheck", 0.15 if quick else 0.06, quick=True, variables=apart),
         sanitized("racecheck", 0.06),
         sanitized("synccheck", 0.05),
     ]
+
+
+def _tests(most: int, *suites: str) -> list[str]:
+    """In several processes, `most` of them, where that is possible: the time goes into compiling kernels."""
+    workers = min(most, (os.cpu_count() or 1) * 3 // 4) if importlib.util.find_spec("xdist") else 1
+    parallel = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+    # Not ended by the first failures, which may all be one fault that has nothing to do with the rest.
+    told = ["-q", "--tb", "short", "--no-summary", "-p", "benchmarks.failures", "-p", "no:cacheprovider"]
+    return _python("pytest", *told, "--maxfail", "50", *parallel, *suites)
 
 
 def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
@@ -152,7 +179,7 @@ def _python(module: str, *args: str) -> list[str]:
 def run(part: Part, seconds: float, log: Path) -> dict[str, Any]:
     """Run one part, what it prints at the end of `log`; how it ended."""
     told: dict[str, Any] = {"part": part.name, "command": " ".join(map(str, part.command)), "limit": round(seconds, 1)}
-    if part.needs and shutil.which(part.needs) is None:
+    if part.needs and shutil.which(part.needs, path=_path()) is None:
         return {**told, "status": f"left out: there is no {part.needs} here", "seconds": 0.0}
     if seconds < 1:
         return {**told, "status": "left out: no time left", "seconds": 0.0}
@@ -165,14 +192,14 @@ def run(part: Part, seconds: float, log: Path) -> dict[str, Any]:
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **dict(part.variables), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **dict(part.variables), "PATH": _path(), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # so that its own children end with it
         )
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(process.pid, signal.SIGINT)  # at which pytest says what has failed so far
+            os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
@@ -181,6 +208,12 @@ def run(part: Part, seconds: float, log: Path) -> dict[str, Any]:
             process.wait()
     status = "took too long" if code is None else "ok" if code == 0 else f"failed with exit code {code}"
     return {**told, "status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _path() -> str:
+    """Where programs are looked for; tools of CUDA may lie beside its compiler, and not on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(home, "bin"))])
 
 
 def run_all(chosen: list[Part], seconds: float, out: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -196,7 +229,9 @@ def run_all(chosen: list[Part], seconds: float, out: Path, device: torch.device)
         found.append(run(part, min(allowed, end - time.monotonic()), log))
         spare = max(0.0, allowed - found[-1]["seconds"])
         print(f"{part.name:16s} {found[-1]['seconds']:7.1f} s  {found[-1]['status']}", flush=True)
-        summary = {"environment": environment(device), "seconds": seconds, "parts": found}
+        # What is not live is left out by tests and benchmarks alike, which end well all the same.
+        lives = {b.name: f"{'live' if b.live else 'not live'}: {b.reason}" for b in backends.status()}
+        summary = {"environment": environment(device), "backends": lives, "seconds": seconds, "parts": found}
         atomic_write(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return found
 

@@ -80,7 +80,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor | None) -> Iterato
         if d_out is None:
             yield name, forward
         else:
-            yield name, lambda out=out: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+            yield name, lambda out=out: _backward(out, (q, k, v), d_out)
+
+
+def _backward(out: Tensor, inputs: tuple[Tensor, ...], d_out: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `inputs`; the graph is kept.
+
+    Autograd's engine runs a backward on the stream of its forward, which no CUDA graph of another stream can hold. What
+    is one node of autograd's is therefore called as such: that runs here, on the stream of the caller.
+    """
+    node = out.grad_fn
+    assert node is not None
+    if not node.name().startswith("ScaledDotProduct"):
+        return torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+    with torch.no_grad():
+        return tuple(node(d_out)[: len(inputs)])
 
 
 def errors(operation: Operation) -> tuple[float, float]:
@@ -121,10 +135,18 @@ def measure(operation: Operation, device: torch.device, ceilings: tuple[float, f
         "roofline_warm": max(operation.bytes / ceilings[0], operation.flops / ceilings[1]) / warm["median"],
         "roofline_cold": max(operation.bytes / ceilings[0], operation.flops / ceilings[1]) / cold["median"],
         "rivals": {},
+        "failed": {},
     }
     for name, body in rivals(operation):
-        row["rivals"][name] = quantiles(body, device, rounds)
+        try:
+            row["rivals"][name] = quantiles(body, device, rounds)
+        except RuntimeError as error:  # of a library that has a forward for this shape, say, and no backward
+            row["failed"][name] = _said(error)
     return row
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -175,13 +197,9 @@ def main() -> None:
     inversion = in_phase(model, args.batch_size, args.kept)
     with smi_kernels.record_operations() as operations:
         inversion.step()
-    rows, left_out = [], []
-    with smi_kernels.use_backend(model.backend):
-        for operation in sorted(operations, key=lambda o: -o.calls * max(o.flops / ceilings[1], o.bytes / ceilings[0])):
-            if time.monotonic() - began > args.budget:
-                left_out.append(operation.name)
-                continue
-            rows.append(measure(operation, device, ceilings, args.rounds))
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    failed: dict[str, str] = {}
     record = {
         "benchmark": "operations",
         "model": args.model,
@@ -194,11 +212,27 @@ def main() -> None:
         "ceilings": {"copy": ceilings[0], "matmul": ceilings[1]},
         "rows": rows,
         "left_out": left_out,
+        "failed": failed,
     }
+    name = f"operations-{args.model}-{args.precision}"
+    with smi_kernels.use_backend(model.backend):
+        for operation in sorted(operations, key=lambda o: -o.calls * max(o.flops / ceilings[1], o.bytes / ceilings[0])):
+            if time.monotonic() - began > args.budget:
+                left_out.append(operation.name)
+                continue
+            try:
+                rows.append(measure(operation, device, ceilings, args.rounds))
+            except Exception as error:  # Triton's own are no RuntimeErrors; the other operators can still be timed
+                failed[operation.name] = _said(error)
+            write_result(args.out, name, record)  # now, for whatever ends the run
     print(table(record))
     if left_out:
         print(f"left out, for want of time: {', '.join(left_out)}")
-    print(f"written to {write_result(args.out, f'operations-{args.model}-{args.precision}', record)}")
+    for operator, reason in failed.items():
+        print(f"{operator} FAILS: {reason}")
+    print(f"written to {write_result(args.out, name, record)}")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,10 @@ def main() -> None:
         "environment": environment(device),
         "axes": {},
     }
+    name = f"scaling-{args.precision}"
     for axis in AXES:
         rows: list[dict[str, Any]] = []
+        record["axes"][axis] = {"rows": rows, "exponent": None}
         for point in points(axis, args.few):
             if time.monotonic() - began > args.budget or (rows and rows[-1]["seconds"]["median"] > args.slowest):
                 break
@@ -132,10 +134,11 @@ def main() -> None:
                 break
             row = rows[-1]
             print(f"{axis} {row[axis]:5d}  {1e3 * row['seconds']['median']:10.2f} ms  {row['gflop']:10.1f} GFLOP")
+            write_result(args.out, name, record)  # now, for whatever ends the run
         slope = exponent([row[axis] for row in rows], [row["seconds"]["median"] for row in rows])
-        record["axes"][axis] = {"rows": rows, "exponent": slope}
+        record["axes"][axis]["exponent"] = slope
         print(f"{axis}: exponent {'-' if slope is None else f'{slope:.2f}'}")
-    path = write_result(args.out, f"scaling-{args.precision}", record)
+    path = write_result(args.out, name, record)
     plot(record, path.with_suffix(".png"))
     print(f"written to {path} and {path.with_suffix('.png').name}")
 

@@ -110,6 +110,18 @@ def test_without_time_nothing_begins_and_the_record_says_so(tmp_path: Path) -> N
     assert "no time left" in readme_end_to_end.section(found, "here")
 
 
+def test_no_network_is_loaded_once_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["end_to_end", "--minutes", "0", "--models", "L", "--batch-sizes", "1", "2", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--implementations", "SMI", "E32s", "--out", str(tmp_path)])
+    monkeypatch.setattr(smi, "load_model", lambda *_, **__: pytest.fail("a network was loaded"))
+    end_to_end.main()
+    (file,) = tmp_path.glob("*.json")
+    skipped = json.loads(file.read_text())["skipped"]
+    assert [(s["batch_size"], s["implementation"], s["reason"]) for s in skipped] == [
+        (batch, which, "no time left") for batch in (1, 2) for which in ("SMI", "E32s")
+    ]
+
+
 def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise LookupError("no such kernel\nand more")  # Triton's errors are no RuntimeErrors either

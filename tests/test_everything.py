@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,11 +52,41 @@ def test_what_fails_or_takes_too_long_stops_nothing(tmp_path: Path) -> None:
     assert statuses[4:] == ["left out: there is no no-such-program here", "ok"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parts"] == found and summary["environment"]["gpu"] is None
+    assert summary["backends"]["reference"].startswith("live: PyTorch")
     log = (tmp_path / "log.txt").read_text()
     assert "one" in log and "two" in log and "four world" in log and "===== endless" in log
     assert "what failed so far" in log
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert "sleep 60" not in left.splitlines()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_suite_that_is_cut_off_has_told_what_failed(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(everything.os, "cpu_count", lambda: 4)
+    suite = tmp_path / "test_suite.py"
+    suite.write_text(
+        "import time\ndef test_wrong(): assert 1 + 1 == 3\ndef test_right(): pass\n"
+        "def test_endless(): time.sleep(60)\ndef test_other(): pass\n"
+    )
+    command = everything._tests(workers, str(suite))
+    assert ("-n" in command) is (workers == 2)
+    (found,) = everything.run_all([everything.Part("suite", 1.0, command)], 10.0, tmp_path / "out", CPU)
+    assert found["status"] == "took too long"
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "FAILED" in log and "::test_wrong" in log and "assert (1 + 1) == 3" in log
+
+
+def test_a_tool_beside_the_compiler_of_cuda_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    tool = tmp_path / "bin" / "a-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho it looked\n")
+    tool.chmod(0o755)
+    parts = [everything.Part("looks", 1.0, [tool.name], needs=tool.name)]
+    (found,) = everything.run_all(parts, 10.0, tmp_path / "out", CPU)
+    assert found["status"] == "ok" and "it looked" in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_no_part_begins_after_the_time_is_over(tmp_path: Path) -> None:
@@ -73,12 +104,16 @@ def test_the_parts_fit_into_the_time_and_say_what_their_programs_understand(tmp_
             assert sum(part.share for part in parts) <= 1
             names = [part.name for part in parts]
             assert names[0] == "correctness" and len(set(names)) == len(names)
+            assert ("kernels" in names) is not quick
+            alone = [part.name for part in parts if ("OMP_NUM_THREADS", "1") in part.variables]
+            assert alone == names[: 1 if quick else 2]  # what is timed has all cores
             assert ("racecheck" in names) is not quick
             for part in parts:
                 command = part.command[part.command.index("-m") + 1 :]
                 program = tuple(command[:2]) if command[0] == "smi.cli" else (command[0],)
                 said.setdefault(program, set()).update(word for word in command if word.startswith("--"))
-                assert all((everything.ROOT / word).exists() for word in command if word.startswith("tests/"))
+                files = [word.split("::")[0] for word in command if word.startswith("tests/")]
+                assert all((everything.ROOT / file).exists() for file in files)
     assert len(said) == 7
     for program, options in said.items():
         if program[0] == "smi.cli":
@@ -91,12 +126,31 @@ def test_the_parts_fit_into_the_time_and_say_what_their_programs_understand(tmp_
         assert not [option for option in options if option not in text], program
 
 
+def test_what_is_left_out_of_the_suites_is_there(tmp_path: Path) -> None:
+    (kernels,) = [p.command for p in everything.parts(tmp_path, True, 522.0, quick=False) if p.name == "kernels"]
+    collected = [*PYTHON[:1], "-m", "pytest", "--collect-only", "-q", *everything.COMPILING]
+    listed = subprocess.run(collected, cwd=everything.ROOT, capture_output=True, text=True).stdout.splitlines()
+    for test in everything.COMPILING:
+        assert kernels[kernels.index(test) - 1] == "--deselect"
+        assert any(line.startswith(test) for line in listed)
+
+
 def test_results_are_written_whole_and_named_after_the_gpu(tmp_path: Path) -> None:
     record = {"benchmark": "x", "environment": {"gpu": {"name": "NVIDIA H200"}}}
     path = timing.write_result(tmp_path / "new", "x-embedded:teacher", record)
     assert path.name == "x-embedded-teacher-nvidia-h200.json" and json.loads(path.read_text()) == record
     assert timing.write_result(tmp_path, "y", {"environment": {"gpu": None}}).name == "y-cpu.json"
     assert [file.name for file in (tmp_path / "new").iterdir()] == [path.name]
+
+
+def test_a_machine_without_git_or_nvidia_smi_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000, uuid="0-1")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    where = timing.environment(torch.device("cuda"))
+    assert where["commit"] == "not a git checkout"
+    assert where["gpu"] == {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+    assert timing.write_result(tmp_path, "x", {"environment": where}).name == "x-nvidia-h100-80gb-hbm3.json"
 
 
 def test_compilers_are_timed_apart_from_what_must_not_be_lost(tmp_path: Path) -> None:
@@ -113,6 +167,9 @@ def test_sanitizers_see_the_cuda_operators_where_there_are_any(
     monkeypatch.setattr(everything.backends, "reasons_against", lambda name: reasons)
     (memcheck,) = [p for p in everything.parts(tmp_path, True, 522.0, quick=True) if p.name == "memcheck"]
     assert memcheck.command[-1] == ("auto" if reasons else "cuda")
+    parts = {part.name: part.command for part in everything.parts(tmp_path, True, 522.0, quick=False)}
+    quiet = [name for name, command in parts.items() if "--report-api-errors" in command]
+    assert quiet == ["memcheck"]  # the others know no such option
 
 
 # --- compare ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,19 @@ def test_rivals_compute_the_same(recorded: dict[str, smi_kernels.Operation]) -> 
     torch.testing.assert_close(product, recorded["linear_dx"].body(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_backward_of_one_node_needs_no_engine_and_so_can_be_captured(
+    recorded: dict[str, smi_kernels.Operation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rivals = dict(operations.rivals(recorded["attention_dx"]))
+    fused = next(name for name in ("SDPA flash", "SDPA efficient") if name in rivals)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("the engine was asked"))
+    dqkv, _ = recorded["attention_dx"].body()
+    for _ in range(2):  # what is saved stays
+        found: Any = rivals[fused]()
+        torch.testing.assert_close(torch.stack([p.transpose(1, 2) for p in found], 2), dqkv, rtol=1e-3, atol=1e-6)
+        assert not any(part.requires_grad for part in found)
+
+
 def test_a_wrong_result_gets_no_ratio(recorded: dict[str, smi_kernels.Operation]) -> None:
     good = recorded["linear_dx"]
 
@@ -67,6 +82,37 @@ def test_a_wrong_result_gets_no_ratio(recorded: dict[str, smi_kernels.Operation]
     assert [row["passes"] for row in rows] == [True, False]
     shown = operations.table({"rows": rows}).splitlines()
     assert operations.VENDOR in shown[1] and operations.VENDOR not in shown[2] and "FAILS: error 1.0e-03" in shown[2]
+
+
+def test_what_fails_costs_nothing_else(
+    recorded: dict[str, smi_kernels.Operation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def backward() -> None:
+        raise RuntimeError("no plan\nfor this shape")
+
+    monkeypatch.setattr(operations, "rivals", lambda _: iter([("broken", backward), ("whole", lambda: None)]))
+    row = operations.measure(recorded["linear_dx"], torch.device(DEVICE), (1e9, 1e9), rounds=5)
+    assert row["failed"] == {"broken": "RuntimeError: no plan"} and list(row["rivals"]) == ["whole"]
+
+    def measured(operation: Any, *_: Any) -> dict[str, Any]:
+        if operation.name == "attention":
+            raise TypeError("out of resources")
+        return {**row, "operator": operation.name}
+
+    monkeypatch.setattr(operations, "measure", measured)
+    monkeypatch.setattr("timm.create_model", lambda name: tiny())
+    monkeypatch.setattr("smi_kernels.ceilings", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr("sys.argv", ["operations", "--batch-size", "2", "--kept", "5", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        operations.main()
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert found["failed"] == {"attention": "TypeError: out of resources"} and not found["left_out"]
+    assert {"pixel_step", "linear_dx", "attention_dx"} <= {entry["operator"] for entry in found["rows"]}
+    assert "attention FAILS: TypeError: out of resources" in capsys.readouterr().out
 
 
 def test_differences_within_the_spread_are_marked() -> None:
@@ -88,3 +134,20 @@ def test_exponents_are_slopes_of_the_upper_half() -> None:
     assert scaling.exponent([2, 4], [3.0, 6.0]) == pytest.approx(1.0)
     assert scaling.exponent([2], [3.0]) is None
     assert [point.size for point in scaling.points("kept", few=False)] == [224, 224, 224, 320, 384, 512]
+
+
+def test_what_ends_the_benchmark_of_scaling_leaves_the_points_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(point: scaling.Point, *_: Any) -> dict[str, Any]:
+        if point.kept == 196:
+            raise KeyboardInterrupt
+        return {"kept": point.kept, "seconds": {"median": 1.0}, "gflop": 1.0}
+
+    monkeypatch.setattr(scaling, "measure", measured)
+    monkeypatch.setattr("sys.argv", ["scaling", "--few", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main()
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())["axes"]["kept"]
+    assert [row["kept"] for row in found["rows"]] == [46, 95] and found["exponent"] is None

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def test_the_same_bits_twice() -> None:
     assert torch.equal(first.keep, again.keep)
 
 
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """Memory goes back after each test, for other processes may test on the same GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
 # --- fused kernels ---
 
 
@@ -92,7 +100,12 @@ def gradient(network: Any, images: Tensor, keep: Tensor | None) -> tuple[Tensor,
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_large_patch16_224"])
 def test_error_at_real_sizes_is_within_that_of_eager_pytorch(name: str, precision: Any, K: int) -> None:
-    """1.2 times it in 16 bits, 1.5 times in float32; cosine at least 0.999; all against float64."""
+    """1.2 times it in 16 bits, 1.5 times in float32; cosine at least 0.999; all against float64.
+
+    4 times it in TF32, where cuBLAS rounds and matrix units, which Triton hands float32 to, cut off: emulated on a CPU,
+    that makes 1.6 times the error of logits and 2 to 3 times that of pixel gradients.
+    """
+    factor = {"fp32": 1.5, "tf32": 4.0, "bf16": 1.2, "fp16": 1.2}[precision]
     model, images, keep = deit(name), torch.randn(4, 3, 224, 224, device="cuda"), kept(4, K)
     keep = None if K == 196 else keep
     found = gradient(SparseViT.from_timm(model, precision), images, keep)
@@ -109,7 +122,7 @@ def test_error_at_real_sizes_is_within_that_of_eager_pytorch(name: str, precisio
     exact_twin = smi.SparseModel(model.double(), backend="reference")
     exact = gradient(lambda x, k: exact_twin.feed(x, k)[0], images.double(), keep)
     for ours, theirs, truth in zip(found, eager, exact, strict=True):
-        assert error(ours, truth) <= (1.2 if cast else 1.5) * error(theirs, truth)
+        assert error(ours, truth) <= factor * error(theirs, truth)
         assert F.cosine_similarity(ours.flatten().double(), truth.flatten(), dim=0) > 0.999
 
 
