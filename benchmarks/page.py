@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.long_run import FLAT
 from benchmarks.operations import VENDOR, clear
-from benchmarks.readme_end_to_end import NOT_MEASURED, goals, section
+from benchmarks.readme_end_to_end import NOT_MEASURED, digits, goals, section
 from benchmarks.table_of_truth import EQUAL_COST, INVERTED, QUANTIZED
 
 Record = dict[str, Any]
@@ -114,7 +114,7 @@ def scaling(record: Record, where: str) -> str:
         [
             axis,
             "not fitted" if entry["exponent"] is None else f"{entry['exponent']:.2f}",
-            ", ".join(f"{row[axis]}: {1e3 * row['seconds']['median']:.1f}" for row in entry["rows"]),
+            ", ".join(f"{row[axis]}: {digits(1e3 * row['seconds']['median'])}" for row in entry["rows"]),
         ]
         for axis, entry in record["axes"].items()
     ]

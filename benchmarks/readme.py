@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import page
-from benchmarks.readme_end_to_end import published
+from benchmarks.readme_end_to_end import digits, published
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: made by python -m benchmarks.readme -->", "<!-- end of measured -->"
@@ -56,8 +56,8 @@ def _speed(record: dict[str, Any]) -> str:
     ]
     for name in ("dense", "sparse"):
         lines.append(
-            f"| {name} | {final[name]['kept']} | {1e3 * final[name]['seconds_per_iteration']:.1f} | "
-            f"{whole[name]['seconds']:.1f} | {whole[name]['gflop_per_image']:.0f} | "
+            f"| {name} | {final[name]['kept']} | {digits(1e3 * final[name]['seconds_per_iteration'])} | "
+            f"{digits(whole[name]['seconds'])} | {whole[name]['gflop_per_image']:.0f} | "
             f"{whole[name]['teacher_agreement']:.1%} |"
         )
     lines.append(

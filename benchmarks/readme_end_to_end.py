@@ -22,6 +22,11 @@ GOALS: dict[tuple[str, int], tuple[float, float, float, float]] = {
 MEMORY_GOAL = 0.25  # of E32s, above weights and pixels
 
 
+def digits(value: float) -> str:
+    """One decimal, or three digits where that would leave fewer: an iteration is long on a CPU and short on a GPU."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
 def section(record: dict[str, Any], where: str) -> str:
     """One record as Markdown.
 

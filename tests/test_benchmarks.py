@@ -110,9 +110,9 @@ def test_the_page_says_what_is_not_measured_and_shows_what_is() -> None:
     failed = page.operations({**record, "rows": [{**row, "passes": False}]}, "here").splitlines()[-1]
     assert "gate failed" in failed and "1.00x" not in failed
 
-    axis = {"rows": [{"kept": 46, "seconds": {"median": 0.01}}], "exponent": None}
+    axis = {"rows": [{"kept": k, "seconds": {"median": m}} for k, m in ((46, 0.01), (95, 0.000237))], "exponent": None}
     grown = page.scaling({"precision": "fp32", "environment": where, "axes": {"kept": axis}}, "here")
-    assert "| kept | not fitted | 46: 10.0 |" in grown and "results/scaling-fp32-cpu.png" in grown
+    assert "| kept | not fitted | 46: 10.0, 95: 0.237 |" in grown and "results/scaling-fp32-cpu.png" in grown
 
     cells = {"W4A4 mse": [{"top1": 0.5}, {"top1": 0.6}], "linear probe": [{"top1": 0.7}, {"top1": 0.7}]}
     rows = {"real images": {"images": 40, "gflop_per_image": 0.0, "cells": cells}}
