@@ -299,7 +299,7 @@ def _plain(label: str, value: Any) -> str:
     if "bytes" in label:
         return size(value)
     if isinstance(value, list):
-        return " x ".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value))
+        return (" x " if all(isinstance(v, int) for v in value) else ", ").join(map(str, value)) or "nothing"
     if isinstance(value, float):
         return f"{value:.1e}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -300,7 +300,7 @@ class InvertOptions(ModelOptions):
     )
 
     # Flags that are options of the config under the same name.
-    _CONFIG_FLAGS: ClassVar = (
+    _CONFIG_FLAGS: ClassVar[tuple[str, ...]] = (
         *(
             "strategy",
             "semantics",

@@ -67,7 +67,7 @@ def schedule(options: InvertOptions) -> None:
     console.print(table)
     console.print("\n".join(drawing(config, num_patches)), highlight=False)
     print(f"operations  {total:.1%} of dense inversion's, forward and backward (counted)")
-    if config.prune_at and config.strategy in ("sparse", "random"):
+    if config.prune_at and config.scheduled:
         at, ratio = (",".join(f"{value:g}" for value in values) for values in (config.prune_at, config.prune_ratio))
         print(f"the same    --iterations {config.iterations} --prune-at {at} --prune-ratio {ratio}")
 

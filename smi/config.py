@@ -169,7 +169,7 @@ class Config:
                 )
         if at and at[0] < 1:
             raise SmiError(f"prune_at starts with {at[0]}; the first possible one is iteration 1 (0 has no ranking).")
-        if at and self.strategy in ("sparse", "random") and at[-1] >= self.iterations:
+        if at and self.scheduled and at[-1] >= self.iterations:
             raise SmiError(
                 f"prune_at contains {at[-1]}, but iterations is {self.iterations}. "
                 f"Raise iterations above {at[-1]} or prune earlier."
@@ -185,6 +185,11 @@ class Config:
             raise SmiError("best goes with one result for each trajectory; rebirth has several. Leave it out.")
         if self.result_mask == "reranked":
             raise SmiError("result_mask 'reranked' would undo what rebirth has taken out; use 'carried'.")
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the strategy prunes by `prune_at` and `prune_ratio`; others have their own rules, or never prune."""
+        return self.strategy in ("sparse", "random")
 
     @property
     def model_ranking(self) -> ModelRanking:

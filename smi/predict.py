@@ -167,8 +167,8 @@ def _time_phases(
     full = len(plan.batch(0)) // repeat
 
     def start(batch: int, phase_length: int, phases: int) -> Inversion:
-        rebirth, scheduled = config.strategy == "rebirth", config.strategy in ("sparse", "random")
-        prunings = range(1, phases if scheduled else 1)  # those of rebirth follow from its division
+        rebirth = config.strategy == "rebirth"
+        prunings = range(1, phases if config.scheduled else 1)  # those of rebirth follow from its division
         short = config.replace(
             strategy="dense" if rebirth and phases == 1 else config.strategy,
             iterations=phase_length * phases,

@@ -70,7 +70,7 @@ def scheduled(
     """
     if name not in SCHEDULES:
         raise SmiError(f"unknown schedule {name!r}.{did_you_mean(name, SCHEDULES)}")
-    if config.strategy not in ("sparse", "random"):
+    if not config.scheduled:
         raise SmiError(f"strategy {config.strategy!r} takes no schedule; use sparse or random.")
     if sparsity is not None and budget is not None:
         raise SmiError("sparsity and budget exclude each other; each of them decides how many patches are left.")

@@ -378,6 +378,7 @@ def test_doctor(call: Call) -> None:
     assert code == 0
     assert printed.startswith("test_vit: supported")
     assert "class_attention" in printed
+    assert re.search(r"^  against kernels +\S", printed, re.MULTILINE), "a list of nothing says so"
     assert "reference live" in printed
     code, printed, err = call("doctor", "resnet18", "--no-pretrained", "--json")
     assert (code, err) == (1, "")
