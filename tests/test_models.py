@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from small import one_thread, randomise  # noqa: F401
 from timm.models import save_for_hf
@@ -186,9 +187,8 @@ def test_names_that_are_not() -> None:
 
 
 def test_the_page_of_models_is_what_is_so() -> None:
-    missing = [family.name for family in FAMILIES.values() if not timm.is_model(family.name)]
-    if missing:
-        pytest.skip(f"timm {timm.__version__} has no {', '.join(missing)}")
+    if Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip(f"the page is of timm 1.0.31; {timm.__version__} lacks families, or float64 in some")
     rows = {key: measure(key) for key in FAMILIES}
     for key, row in rows.items():
         assert row.sparse < LIMIT and row.fell, key

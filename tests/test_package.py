@@ -318,6 +318,7 @@ def test_documents_name_only_what_exists(document: str) -> None:
     modules = re.findall(rf"python -m ((?:{'|'.join(PACKAGES)}|benchmarks)(?:\.\w+)*)\b", code)
     targets = re.findall(r"\bmake +([a-z][\w-]*)", code)
     rules = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert targets or document in PAGES, "the patterns above no longer fit the document"
     missing = [path for path in paths if not any(ROOT.glob(path))]
     missing += [link for link in links(text) if not (ROOT / document).parent.joinpath(link).exists()]
     for module in modules:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -31,27 +31,34 @@ CONFIG = smi.Config(iterations=6, prune_at=(2,), prune_ratio=(0.5,), batch_size=
 PLAN = smi.WorkPlan(tuple(i % CLASSES for i in range(18)), 2)
 
 
+# Plain forks would copy locks that threads of earlier tests hold. What is loaded beforehand lets processes start fast.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "timm", "pytest", "smi.run"])
+
+
 @pytest.fixture(scope="module")
 def model() -> smi.SparseModel:
     return smi.SparseModel(tiny(), name="tiny", backend="reference")
 
 
-def start(model: smi.SparseModel, out: Path, made: Path, pause: float = 0.02, **options: Any) -> int:
-    """A process of its own that runs the plan, and writes the batches that it made, a line each, to `made`."""
-    child = os.fork()
-    if child:
-        return child
+def work(out: Path, made: Path, pause: float, options: dict[str, Any]) -> None:
+    """Run the plan, and write the batches that were made, a line each, to `made`."""
 
     def note(batch: int, *_: object) -> None:
         with made.open("a") as file:
             file.write(f"{batch}\n")
 
-    code = 1
-    try:
-        run(model, PLAN, CONFIG, out, on_iteration=lambda *_: time.sleep(pause), on_batch=note, **options)
-        code = 0
-    finally:
-        os._exit(code)
+    torch.set_num_threads(1)
+    smi.workers._LOOK_AGAIN = 0.05  # type: ignore[attr-defined]
+    model = smi.SparseModel(tiny(), name="tiny", backend="reference")
+    run(model, PLAN, CONFIG, out, on_iteration=lambda *_: time.sleep(pause), on_batch=note, **options)
+
+
+def start(out: Path, made: Path, pause: float = 0.02, **options: Any) -> multiprocessing.process.BaseProcess:
+    """A process of its own that does `work`."""
+    child = PROCESSES.Process(target=work, args=(out, made, pause, options))
+    child.start()
+    return child
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -81,19 +88,20 @@ def alone(model: smi.SparseModel, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize("kills", range(4))
 def test_workers_that_come_and_are_killed_make_the_pool_of_one_run(
-    model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
+    alone: dict[int, bytes], tmp_path: Path, kills: int
 ) -> None:
     """As many are killed, each with a batch in hand, as others join; the last one finds nothing left undone."""
-    monkeypatch.setattr(smi.workers, "_LOOK_AGAIN", 0.05)
     pool, made = tmp_path / "pool", tmp_path / "made"
-    doomed = [start(model, pool, made, pause=0.2, join=True) for _ in range(kills)]
+    doomed = [start(pool, made, pause=0.2, join=True) for _ in range(kills)]
     wait_for(lambda: len(list((pool / "workers").glob("*.claim"))) >= kills)
-    others = [start(model, pool, made, join=True) for _ in range(2)]
+    others = [start(pool, made, join=True) for _ in range(2)]
     wait_for(lambda: made.exists())
     for child in doomed:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert [os.waitpid(child, 0)[1] for child in others] == [0, 0]
+        child.kill()
+        child.join()
+    for child in others:
+        child.join()
+        assert child.exitcode == 0
     assert bits(pool) == alone
     assert sorted(map(int, made.read_text().split())) == list(range(PLAN.num_batches)), "each is made once"
     assert not (pool / "workers").exists()
@@ -103,13 +111,13 @@ def test_a_second_run_is_refused_while_the_first_lives_and_welcome_when_it_was_k
     model: smi.SparseModel, alone: dict[int, bytes], tmp_path: Path
 ) -> None:
     pool = tmp_path / "pool"
-    first = start(model, pool, tmp_path / "made", pause=0.2)
+    first = start(pool, tmp_path / "made", pause=0.2)
     wait_for(lambda: list((pool / "workers").glob("*.claim")))
     for join in (False, True):
-        with pytest.raises(smi.SmiError, match=rf"another run is at work on .*process {first} on"):
+        with pytest.raises(smi.SmiError, match=rf"another run is at work on .*process {first.pid} on"):
             run(model, PLAN, CONFIG, pool, join=join)
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
+    first.kill()
+    first.join()
     assert run(model, PLAN, CONFIG, pool).complete
     assert bits(pool) == alone and not (pool / "workers").exists()
 
