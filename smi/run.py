@@ -137,11 +137,14 @@ def run(
             if done and time_budget is not None and expected > time_budget:
                 break
             result = invert_batch(model, plan, config, batch, objectives, on_iteration)
-            if workers.holds(batch):
+            mine_still = workers.holds(batch)
+            if mine_still:
                 writer.write(batch, result)
             workers.release(batch)
             seconds = time.monotonic() - batch_started
             seconds_per_image = max(seconds_per_image, seconds / len(plan.batch(batch)))
+            if not mine_still:  # another took this run for dead, and makes the batch
+                continue
             done.append(batch)
             if on_batch is not None:
                 on_batch(batch, result, seconds)

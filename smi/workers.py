@@ -3,6 +3,7 @@
     POOL/workers/3f2a91c0.json    a run: host, process, its turn; touched every few seconds while it lives
     POOL/workers/3f2a91c0.name    the run's name, of which every claim is a link, so that no claim is ever half-made
     POOL/workers/00012.claim      the batch that a run has in hand, with the run's name in it
+    POOL/workers/00012.3f2a91c0   who of all that saw this run dead, with that claim, takes it over, for a moment
     POOL/workers/swept            when the files of dead runs were looked for last, where runs are many
     POOL/workers/3f2a91c0.told    how fast a run is, for estimates of the time left; nothing depends on it
 
@@ -44,7 +45,7 @@ _CLAIM = re.compile(r"\d{5,}\.claim")
 _NEAR = 2  # so many free batches for each that is in hand are near: runs stay together, and seldom want the same
 _TRIES = 4  # batches that a run tries to claim before it looks anew
 _LOOK_AGAIN = 2.0  # seconds, while all that is left is in other runs' hands; more where runs are many
-_MOVED = re.compile(r"\d{5,}\.[0-9a-f]{8}")
+_HEIR = re.compile(r"\d{5,}\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,7 @@ class Workers:
         runs: dict[Path, list[Path]] = {}
         now = functools.cache(self._now)
         for file in self._folder.glob("*"):
-            if _MOVED.fullmatch(file.name):
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
-            elif file.suffix in (".json", ".name", ".told"):
+            if file.suffix in (".json", ".name", ".told"):
                 runs.setdefault(file.with_suffix(".json"), []).append(file)
         for told, files in runs.items():
             for file in () if self._stays(told, files[0], now) else files:
@@ -252,18 +250,32 @@ class Workers:
         """Whether this run may make the batch: no living run has it in hand."""
         claim = self._claim(batch)
         with writing(self._folder):
-            for _ in range(2):
-                try:
-                    self._link(claim)
-                except FileExistsError:
-                    if self._held(claim):
-                        return False
-                    with contextlib.suppress(FileNotFoundError):  # of the dead; of several that see it one moves it
-                        os.rename(claim, claim.with_suffix(f".{self.name}"))
-                        os.unlink(claim.with_suffix(f".{self.name}"))
-                else:
-                    self._claimed.add(batch)
-                    return True
+            if not self._seize(claim):
+                return False
+        self._claimed.add(batch)
+        return True
+
+    def _seize(self, claim: Path) -> bool:
+        """Write this run's name into a claim, if no living run's is in it.
+
+        What the dead left is replaced, never removed, and by one run alone, the one whose name is in the heir's file,
+        which is claimed likewise. For between a look at a claim and the deed another may have put its own name there.
+        """
+        try:
+            self._link(claim)
+            return True
+        except FileExistsError:
+            dead = _holder(claim)
+        if self._held(claim):
+            return False
+        heir = claim.with_suffix(f".{dead or '00000000'}")
+        if not self._seize(heir):
+            return False
+        with contextlib.suppress(FileNotFoundError):  # swept away by the last of all that it knew of
+            if claim.exists() and _holder(claim) == dead:
+                os.replace(heir, claim)
+                return True
+            os.unlink(heir)  # another was through with it
         return False
 
     def _link(self, claim: Path) -> None:
@@ -335,9 +347,9 @@ class Workers:
     def _leave(self) -> None:
         with contextlib.suppress(OSError, SmiError):
             if self._due() and not self.others():  # claims that are left are the dead's, of batches that they finished
-                for claim in self._folder.glob("*.claim"):
-                    if not self._held(claim):
-                        os.unlink(claim)
+                for file in self._folder.glob("*"):
+                    if (_CLAIM.fullmatch(file.name) or _HEIR.fullmatch(file.name)) and not self._held(file):
+                        os.unlink(file)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._folder / _SWEPT)
         for file in (self._told, self._token, self._mine):

@@ -92,7 +92,7 @@ def test_workers_that_come_and_are_killed_make_the_pool_of_one_run(
 ) -> None:
     """As many are killed, each with a batch in hand, as others join; the last one finds nothing left undone."""
     pool, made = tmp_path / "pool", tmp_path / "made"
-    doomed = [start(pool, made, pause=0.2, join=True) for _ in range(kills)]
+    doomed = [start(pool, made, pause=600, join=True) for _ in range(kills)]
     wait_for(lambda: len(list((pool / "workers").glob("*.claim"))) >= kills)
     others = [start(pool, made, join=True) for _ in range(2)]
     wait_for(lambda: made.exists())
@@ -179,6 +179,48 @@ def test_of_many_that_want_a_batch_one_gets_it(tmp_path: Path) -> None:
     assert not (tmp_path / "workers").exists()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_who_takes_over_from_the_dead_takes_nothing_from_the_living(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever of its looks and deeds one is held up, while another is through with all of them."""
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    for moment in itertools.count(1):
+        path = tmp_path / str(moment)
+        with Workers(path, together=True) as slow, Workers(path, together=True) as fast:
+            (path / "workers" / "00003.claim").write_text("0123abcd")
+            with monkeypatch.context() as patch:
+                took = at_call(moment, lambda fast=fast: fast.take(3), patch)
+                mine = slow.take(3)
+            if not took:
+                assert moment > 6 and mine
+                break
+            assert [slow.holds(3), fast.holds(3)] == [mine, took[0]] and mine is not took[0], moment
+        assert not (path / "workers").exists()
+
+
+def at_call(moment: int, deed: Callable[[], object], patch: pytest.MonkeyPatch) -> list[object]:
+    """Do it before the call of that number to the file system; what came of it, as soon as it was done."""
+    calls, done = itertools.count(1), []
+
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            if next(calls) == moment:
+                done.append(deed())
+            return call(*args)
+
+        return counted
+
+    for place, name in ((os, "link"), (os, "replace"), (os, "unlink"), (smi.workers, "read_bytes")):
+        patch.setattr(place, name, counting(getattr(place, name)))
+    return done
+
+
+def refused(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_a_run_elsewhere_is_dead_when_it_shows_no_life(tmp_path: Path) -> None:
     (tmp_path / "workers").mkdir()
     other = tmp_path / "workers" / "0badcafe.json"
@@ -230,8 +272,10 @@ def test_a_run_that_lost_its_claim_writes_nothing(model: smi.SparseModel, tmp_pa
             claim.unlink()
             claim.write_text("another!")
 
-    done = run(model, plan, CONFIG, tmp_path, on_iteration=lose)
+    told: list[int] = []
+    done = run(model, plan, CONFIG, tmp_path, on_iteration=lose, on_batch=lambda batch, *_: told.append(batch))
     assert Pool(tmp_path).batches == [1] and not done.complete
+    assert told == [1] and (done.batches_done, done.images_done) == (1, 1), "nor does it say that it did"
 
 
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
