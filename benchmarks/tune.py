@@ -38,15 +38,25 @@ _OPERANDS = 160 * 1024
 MATRIX = {"norm_linear", "norm_linear_gelu", "linear_residual", "linear_dx", "linear_gelu_dx", "norm_linear_dx"}
 
 
-def tiles(shipped: Sequence[tuning.Tile], itemsize: int, few: bool) -> list[tuning.Tile]:
-    """What is tried: the shipped tiles, the vendor's product, and unless `few` all others that are worth a try."""
+def tiles(shipped: Sequence[tuning.Tile], itemsize: int, few: bool, fetch: bool) -> list[tuning.Tile]:
+    """What is tried: the shipped tiles, the vendor's product, and unless `few` all others that are worth a try.
+
+    With `fetch`, 16-bit operands are fetched in whole tiles too (``tma``).
+    """
     found = [*shipped, *(tuning.VENDOR._replace(n=n) for n in (64, 128))]
+    fetch = fetch and itemsize == 2
+    if fetch:
+        found += [tile._replace(by="tma") for tile in shipped]
     if not few:
         depth = 128 // itemsize
         for m, n, k, stages in itertools.product((64, 128), (64, 128, 256), (depth // 2, depth), (2, 3, 4, 5)):
-            warps = 8 if m * n >= 128 * 128 else 4
-            if stages * (m + n) * k * itemsize <= _OPERANDS:
-                found += [tuning.Tile(m, n, k, w, stages) for w in {4, warps}]
+            if stages * (m + n) * k * itemsize > _OPERANDS:
+                continue
+            warps, large = {4, 8 if m * n >= 128 * 128 else 4}, m * n == 128 * 128
+            for w, by in itertools.product(
+                sorted(warps), ("pointers", "tma") if fetch and k == depth else ("pointers",)
+            ):
+                found += [tuning.Tile(m, n, k, w, stages, by, p) for p in ((1, 2) if w == 8 and large else (1,))]
     return list(dict.fromkeys(found))
 
 
@@ -111,7 +121,8 @@ def main() -> None:
     where = environment(device)
     known: dict[str, Any] = json.loads(args.table.read_text()) if args.table.is_file() else {"shapes": {}}
     record: dict[str, Any] = {"benchmark": "tuning", "precision": args.precision, "environment": where, "shapes": {}}
-    shipped = tuning.candidates()
+    capability = tuning.capability(device)
+    shipped = tuning.candidates(capability)
     path = None
     with smi_kernels.use_backend("triton"):
         for operation in operations(args, device):
@@ -124,7 +135,7 @@ def main() -> None:
                 continue
             family, arithmetic, _ = shape.split()
             itemsize = 2 if arithmetic == "16-bit" else 4
-            choices = tiles(shipped[arithmetic, family], itemsize, args.few)
+            choices = tiles(shipped[arithmetic, family], itemsize, args.few, fetch=(capability or 0) >= 90)
             rows = timed_choices(operation, choices, device, args.rounds)
             record["shapes"][shape] = rows
             if (chosen := best(rows)) is not None:

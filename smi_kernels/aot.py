@@ -17,13 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from smi_kernels import tuning
 from smi_kernels.launch import DEPENDENT_LAUNCH, Launch, record_launches
@@ -83,7 +84,7 @@ class Resources:
         spills: instructions that load from or store to local memory.
         shared: bytes of shared memory of a program.
         matrix: matrix instructions by name: HMMA, HGMMA, UTCMMA, DMMA.
-        wide: 16-byte instructions by name: LDG, STG, LDGSTS.
+        wide: 16-byte instructions by name: LDG, STG, LDGSTS; and UTMALDG, which fetch whole tiles.
         narrow: LDG, STG and LDGSTS of fewer bytes.
         early: instructions that touch global memory before the kernel has waited for the one in front of it; None where
             it was not compiled for dependent launch.
@@ -142,6 +143,8 @@ def specialize(launch: Launch) -> Specialization:
 
 def _describe(value: Any) -> tuple[str, bool]:
     """Triton's name of the type of an argument, and whether it is a multiple of 16."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>", False
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype], bool(value.storage_offset() * value.element_size() % 16 == 0)
     if isinstance(value, bool):
@@ -173,7 +176,7 @@ def _compile(wanted: Specialization, capability: int) -> Resources:
         cubin.write_bytes(compiled.asm["cubin"])
         usage, code = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
     words = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
-    memory = [word for word in words if re.match(r"(LDG|STG|LDGSTS)\b", word)]
+    memory = [word for word in words if re.match(r"(LDG|STG|LDGSTS|UTMALDG)\b", word)]
     waits = words.index("ACQBULK") if "ACQBULK" in words else len(words)
     early = [word for word in words[:waits] if re.match(r"(LD|ST|LDG|STG|LDGSTS|ATOM\w*|RED\w*|UTMA\w+)\b", word)]
     products = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:b?f16)> \*", compiled.asm["ttir"])
@@ -186,8 +189,8 @@ def _compile(wanted: Specialization, capability: int) -> Resources:
         spills=sum(re.match(r"(LDL|STL)\b", word) is not None for word in words),
         shared=compiled.metadata.shared,
         matrix=_count(_first(r"^(\w+)", word) for word in words if re.match(r"\w*MMA\b", word)),
-        wide=_count(word.split(".")[0] for word in memory if ".128" in word),
-        narrow=_count(word.split(".")[0] for word in memory if ".128" not in word),
+        wide=_count(word.split(".")[0] for word in memory if _wide(word)),
+        narrow=_count(word.split(".")[0] for word in memory if not _wide(word)),
         early=len(early) if dict(wanted.options).get("launch_pdl") else None,
         products16=tuple(sorted({int(rows) for rows in products})),
     )
@@ -206,6 +209,10 @@ def _first(pattern: str, text: str) -> str:
     if found is None:
         raise ValueError(f"cuobjdump prints nothing like {pattern!r}.")
     return found[1]
+
+
+def _wide(word: str) -> bool:
+    return ".128" in word or word.startswith("UTMA")
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:
@@ -250,6 +257,8 @@ WORKLOADS = [
 _FEW = 8
 # What is left of a matrix kernel where the vendor's library makes the product: by what operands and sums are.
 _WITH_VENDOR = [WORKLOADS[0], WORKLOADS[4]]
+# What no table has yet, but the tuner tries: operands that are fetched in whole tiles.
+_FETCHED = {90: tuning.Tile(128, 128, 64, 8, 3, "tma", 2), 100: tuning.Tile(128, 128, 64, 8, 3, "tma")}
 
 
 def _run(w: Workload) -> None:
@@ -298,23 +307,26 @@ def _run(w: Workload) -> None:
     smi.adam_clamp_(images, images, images, images, **adam)
 
 
-def shipped_launches(few: bool = False) -> list[Launch]:
-    """One launch of everything that Triton would compile for `WORKLOADS`, or for for the first few."""
-    with record_launches() as launches:
+def shipped_launches(capability: int, few: bool = False) -> list[Launch]:
+    """One launch of everything that Triton would compile for `WORKLOADS`, or for the first few, on such a GPU."""
+    with record_launches() as launches, tuning.assuming(capability):
         for workload in WORKLOADS[: (1 if DEPENDENT_LAUNCH else _FEW) if few else None]:
             _run(workload)
         for workload in _WITH_VENDOR:
             with tuning.forcing(tuning.VENDOR):
                 _run(workload)
+        if capability in _FETCHED:
+            with tuning.forcing(_FETCHED[capability]):
+                _run(WORKLOADS[0])
     return list({specialize(launch): launch for launch in reversed(launches)}.values())[::-1]
 
 
 # --- the command ---
 
 
-def compile_all(launches: Sequence[Launch], capabilities: Sequence[int], jobs: int) -> list[Resources]:
-    """Each distinct specialization once for each capability, in `jobs` processes."""
-    wanted = [(of, capability) for of in dict.fromkeys(map(specialize, launches)) for capability in capabilities]
+def compile_all(launches: Mapping[int, Sequence[Launch]], jobs: int) -> list[Resources]:
+    """Each distinct specialization once for the capability that it is listed under, in `jobs` processes."""
+    wanted = [(of, capability) for capability, each in launches.items() for of in dict.fromkeys(map(specialize, each))]
     # Kernels cannot be pickled; forked processes have them already, and ask only for the number of their task.
     with multiprocessing.get_context("fork").Pool(jobs, _set_tasks, (wanted,)) as pool:
         return pool.map(_compile_task, range(len(wanted)), chunksize=1)
@@ -387,9 +399,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled; unset it.")
-    launches = [launch for launch in shipped_launches(options.few) if options.kernel in launch.name]
     capabilities = [c for c in options.capability or sorted(SHARED_MEMORY) if c >= 90 or not DEPENDENT_LAUNCH]
-    rows = compile_all(launches, capabilities, options.jobs)
+    launches = {c: [of for of in shipped_launches(c, options.few) if options.kernel in of.name] for c in capabilities}
+    rows = compile_all(launches, options.jobs)
     print(_table(rows))
     if options.out:
         options.out.write_text(

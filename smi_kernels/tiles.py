@@ -76,6 +76,21 @@ def store_row_statistics(stats_ptr, x, rows, first, stride_m, M, D, BLOCK_M: tl.
 
 
 @triton.jit
+def merge_moments(mean, squares, x, first, D, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and sum of squared deviations of `COUNT` columns together with those of the tile `x` (M, WIDTH) behind them.
+
+    `x` begins at column `first`; columns from D on do not count.
+    """
+    count = tl.minimum(tl.maximum(D - first, 0), WIDTH)
+    inside = (tl.arange(0, WIDTH) < count)[None, :]
+    mean_x = tl.sum(tl.where(inside, x, 0.0), axis=1) / tl.maximum(count, 1)
+    apart = tl.where(inside, x - mean_x[:, None], 0.0)
+    share = count / tl.maximum(count + COUNT, 1)
+    squares += tl.sum(apart * apart, axis=1) + (mean_x - mean) * (mean_x - mean) * (share * COUNT)
+    return mean + (mean_x - mean) * share, squares
+
+
+@triton.jit
 def gelu_factor(u, KIND: tl.constexpr):
     """The factor of `u` in a GELU of `KIND` (`smi_kernels.linear.reference.GELUS`), and that factor's derivative."""
     if KIND == "erf":

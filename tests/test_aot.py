@@ -117,17 +117,18 @@ def test_faults(changes: dict[str, object], fault: str | None) -> None:
 COVERED = """
 from smi_kernels import aot, tuning
 
-met = set()
-for launch in aot.shipped_launches(few=True):
-    args = launch.args
-    if "BLOCK_K" in args and "weight_ptr" in args:
-        arithmetic = "16-bit" if args["weight_ptr"].dtype.itemsize == 2 else args["PRECISION"]
-        sizes = (args["BLOCK_M"], args["BLOCK_N"], args["BLOCK_K"])
-        met.add((arithmetic, launch.name.removesuffix("_kernel"), *sizes))
-for (arithmetic, operation), tiles in tuning.candidates().items():
-    for tile in tiles:
-        if (arithmetic, operation, tile.m, tile.n, tile.k) not in met:
-            print(arithmetic, operation, tile)
+for capability in aot.SHARED_MEMORY:
+    met = set()
+    for launch in aot.shipped_launches(capability, few=True):
+        args, by = launch.args, launch.args.get("BY", "pointers")
+        if "BLOCK_K" in args and "weight_ptr" in args and by != "tma":
+            arithmetic = "16-bit" if args["weight_ptr"].dtype.itemsize == 2 else args["PRECISION"]
+            sizes = (args["BLOCK_M"], args["BLOCK_N"], args["BLOCK_K"], launch.options["maxnreg"], by)
+            met.add((arithmetic, launch.name.removesuffix("_kernel"), *sizes))
+    for (arithmetic, operation), tiles in tuning.candidates(capability).items():
+        for tile in tiles:
+            if (arithmetic, operation, tile.m, tile.n, tile.k, tile.registers, tile.by) not in met:
+                print(capability, arithmetic, operation, tile)
 """
 
 

@@ -109,6 +109,29 @@ def test_epilogues_of_the_vendors_product_compute_the_same(shape: tuple[int, int
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("by", ["pointers", "tma"])
+@pytest.mark.parametrize("size", [(16, 64, 16), (32, 128, 64), (16, 256, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tiles_of_any_size_fetched_or_loaded_compute_the_same(
+    dtype: torch.dtype, size: tuple[int, int, int], by: str
+) -> None:
+    with tuning.forcing(tuning.Tile(*size, 4, 1, by)), count_launches() as launches:
+        test_kernels_compute_what_the_references_do((37, 80, 144), dtype)
+    assert [launch.args["BY"] for launch in launches] == [by] * 6
+
+
+@pytest.mark.triton
+def test_what_cannot_be_fetched_in_tiles_is_loaded() -> None:
+    """Rows and addresses that are no multiples of 16 bytes, and nothing at all."""
+    with tuning.forcing(tuning.Tile(16, 64, 16, 4, 1, "tma")), count_launches() as launches:
+        test_kernels_compute_what_the_references_do((3, 66, 70), torch.float16)
+        a, weight = torch.ones(3 * 16 + 1, device=DEVICE)[1:].view(3, 16), torch.ones(16, 16, device=DEVICE)
+        assert kernels.linear_dx(a, weight, torch.float32).eq(16).all()
+        assert kernels.linear_dx(a[:0], weight, torch.float32).shape == (0, 16)
+    assert [launch.args["BY"] for launch in launches] == ["pointers"] * 7
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
 def test_the_vendor_sums_in_float32_and_the_callers_settings_come_back(precision: str) -> None:
     matmul = torch.backends.cuda.matmul
@@ -132,19 +155,21 @@ def test_a_users_table_chooses_the_tile_of_a_shape(tmp_path: Path, monkeypatch: 
     def tile(M: int, precision: str = "ieee") -> tuning.Tile:
         return tuning.tile("linear_dx", torch.bfloat16, M, 192, 768, precision, device)
 
-    table.write_text('{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8, 2, true]}}')
-    assert tile(376) == (128, 64, 64, 8, 2, True)
-    assert tile(375).vendor is tile(376, "ieee" + tuning.INVARIANT).vendor is False
+    table.write_text('{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8, 2, "vendor"]}}')
+    assert tile(376) == (128, 64, 64, 8, 2, "vendor", 1)
+    assert tile(375).by == tile(376, "ieee" + tuning.INVARIANT).by == "pointers"
     assert str(table) in tuning.source()
     with tuning.forcing(tuning.VENDOR) as asked:
-        assert tile(376).vendor
-        assert not tuning.tile("embed_tokens", torch.bfloat16, 376, 192, 768, "ieee", device).vendor
+        assert tile(376).by == "vendor"
+        assert tuning.tile("embed_tokens", torch.bfloat16, 376, 192, 768, "ieee", device).by == "pointers"
     assert asked == ["linear_dx 16-bit 376x192x768"]
     for wrong in (
         '{"shapes": {"linear_dx 16-bit 376x192x768": [128, 64, 64, 8]}}',
         '{"shapes": {"linear_dx 16-bit 376x192": [128, 64, 64, 8, 2]}}',
         '{"shapes": {"linear 16-bit 376x192x768": [128, 64, 64, 8, 2]}}',
-        '{"shapes": {"embed_tokens 16-bit 376x192x768": [64, 64, 64, 4, 1, true]}}',
+        '{"shapes": {"embed_tokens 16-bit 376x192x768": [64, 64, 64, 4, 1, "vendor"]}}',
+        '{"shapes": {"linear_dx 16-bit 376x192x768": [64, 64, 64, 4, 1, "cutlass"]}}',
+        '{"shapes": {"linear_dx 16-bit 376x192x768": [64, 64, 64, 4, 1, "tma", 0]}}',
         '{"shapes": [1]}',
         "[]",
         "{",

@@ -30,13 +30,20 @@ def test_the_fastest_wins_and_a_tie_leaves_the_first() -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_what_is_tried_fits_into_shared_memory_and_has_the_vendor(itemsize: int) -> None:
-    found = tune.tiles([QUICK], itemsize, few=False)
+@pytest.mark.parametrize("fetch", [False, True])
+def test_what_is_tried_fits_into_shared_memory_and_has_the_vendor(itemsize: int, fetch: bool) -> None:
+    found = tune.tiles([QUICK], itemsize, few=False, fetch=fetch)
     assert found[0] == QUICK and len(set(found)) == len(found) > 20
-    assert sum(tile.vendor for tile in found) == 2 and tune.tiles([QUICK], itemsize, few=True) == found[:3]
+    fetched = [tile for tile in found if tile.by == "tma"]
+    assert bool(fetched) is (fetch and itemsize == 2) and {tile.k for tile in fetched} <= {64}
+    few = tune.tiles([QUICK], itemsize, few=True, fetch=fetch)
+    assert few == found[: len(few)] and [tile.by for tile in few][:3] == ["pointers", "vendor", "vendor"]
+    assert few[3:] == ([QUICK._replace(by="tma")] if fetched else [])
+    assert sum(tile.by == "vendor" for tile in found) == 2
     for tile in found:
         assert tile.stages * (tile.m + tile.n) * tile.k * itemsize <= 227 * 1024
         assert tile.n % 64 == 0  # chunks of row statistics are whole
+        assert tile.registers * tile.warps * 32 * tile.programs <= 65536
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() and not smi_kernels.backends.interpreted(), reason="no kernels")
@@ -51,7 +58,7 @@ def test_the_table_that_was_found_is_used(tmp_path: Path, monkeypatch: pytest.Mo
     found = json.loads(table.read_text())
     assert set(found["shapes"]) == set(record["shapes"]) != set()
     for rows in record["shapes"].values():
-        assert all(row["median"] > 0 for row in rows) and rows[-1]["tile"][5]
+        assert all(row["median"] > 0 for row in rows) and rows[-1]["tile"][5] == "vendor"
 
     monkeypatch.setenv(tuning.USER_TABLE, str(table))
     tuning.shapes.cache_clear()

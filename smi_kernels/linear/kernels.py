@@ -2,10 +2,11 @@
 
 A program makes a BLOCK_M x BLOCK_N tile of the result in float32 and never splits the sum over K, so its bits do not
 depend on the number of rows unless the tile does; nor is code made for particular numbers of rows. Bytes moved: both
-operands and the result once, plus the epilogue's reads, as far as tiles share them through L2.
+operands and the result once, plus the epilogue's reads, as far as tiles share them through L2. The epilogue goes over
+the tile in chunks of columns, from left to right: registers would not hold all that it reads beside the product.
 
-Where the tuning table says so, the product comes from the vendor's library instead (`VENDOR`), in the place of the
-left operand, and the kernel is its epilogue alone.
+How operands come is the tuning table's choice (`BY`, see `smi_kernels.tuning.Tile`); where it is "vendor" the product
+stands in the place of the left operand, and the kernel is its epilogue alone.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from smi_kernels import tuning
-from smi_kernels.linear.tile import launch_tiles, product_tile, tile_position
+from smi_kernels.linear.tile import column_chunks, launch_tiles, product_tile, tile_position
 from smi_kernels.linear.vendor import product
 from smi_kernels.tiles import (
     STAT_CHUNK,
     chunks,
     gelu_factor,
+    merge_moments,
     row_moments,
-    store_row_statistics,
     wait_for_previous,
 )
+
+_NARROW = tl.constexpr(32)  # columns of a chunk of the longer epilogues
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -45,7 +48,7 @@ def norm_linear_kernel(
     x_stride_m,
     stats_stride_m,
     GELU: tl.constexpr,
-    VENDOR: tl.constexpr,
+    BY: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -59,23 +62,26 @@ def norm_linear_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     product = product_tile(
-        x_ptr, weight_ptr, rows, columns, M, OUT, D, x_stride_m, 1, D,
-        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, weight_ptr, rows, columns, first_row, first_column, M, OUT, D, x_stride_m, True,
+        BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mean, rstd = row_moments(stats_ptr, rows, stats_stride_m, M, D, EPS, COMPUTE, CHUNKS)
     if first_column == 0:
         tl.store(moments_ptr + rows * 2, mean, mask=rows < M)
         tl.store(moments_ptr + rows * 2 + 1, rstd, mask=rows < M)
-    colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
-    u = rstd[:, None] * (product - mean[:, None] * colsum[None, :]) + bias[None, :]
-    at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < OUT)[None, :]
-    tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
-    if GELU != "":
-        below, _ = gelu_factor(u, GELU)
-        activation = u * below
-        tl.store(activation_ptr + at, activation.to(activation_ptr.dtype.element_ty), mask=inside)
+    parts = column_chunks(product, BLOCK_M, BLOCK_N, _NARROW)
+    for i in tl.static_range(BLOCK_N // _NARROW):
+        columns = first_column + i * _NARROW + tl.arange(0, _NARROW)
+        colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
+        u = rstd[:, None] * (parts[i] - mean[:, None] * colsum[None, :]) + bias[None, :]
+        at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < OUT)[None, :]
+        tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
+        if GELU != "":
+            below, _ = gelu_factor(u, GELU)
+            activation = u * below
+            tl.store(activation_ptr + at, activation.to(activation_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,7 +99,7 @@ def linear_residual_kernel(
     residual_stride_m,
     stats_stride_m,
     HAS_LOW: tl.constexpr,
-    VENDOR: tl.constexpr,
+    BY: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -105,20 +111,34 @@ def linear_residual_kernel(
     first_row, first_column = tile_position(M, D, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    x = product_tile(
-        a_ptr, weight_ptr, rows, columns, M, D, K, K, 1, K,
-        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+    product = product_tile(
+        a_ptr, weight_ptr, rows, columns, first_row, first_column, M, D, K, K, True,
+        BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    inside = (rows < M)[:, None] & (columns < D)[None, :]
-    x += tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
-    x += tl.load(
-        residual_ptr + rows.to(tl.int64)[:, None] * residual_stride_m + columns[None, :], mask=inside, other=0.0
-    )
-    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(x_ptr + at, x, mask=inside)
-    if HAS_LOW:
-        tl.store(x_low_ptr + at, x.to(x_low_ptr.dtype.element_ty), mask=inside)
-    store_row_statistics(stats_ptr, x, rows, first_column, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
+    parts = column_chunks(product, BLOCK_M, BLOCK_N, _NARROW)
+    mean = tl.zeros((BLOCK_M,), COMPUTE)
+    squares = tl.zeros((BLOCK_M,), COMPUTE)
+    for i in tl.static_range(BLOCK_N // _NARROW):
+        first = first_column + i * _NARROW
+        columns = first + tl.arange(0, _NARROW)
+        inside = (rows < M)[:, None] & (columns < D)[None, :]
+        x = parts[i] + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
+        x += tl.load(
+            residual_ptr + rows.to(tl.int64)[:, None] * residual_stride_m + columns[None, :], mask=inside, other=0.0
+        )
+        at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        tl.store(x_ptr + at, x, mask=inside)
+        if HAS_LOW:
+            tl.store(x_low_ptr + at, x.to(x_low_ptr.dtype.element_ty), mask=inside)
+        mean, squares = merge_moments(mean, squares, x, first, D, i * _NARROW % STAT_CHUNK, _NARROW)
+        if (i + 1) * _NARROW % STAT_CHUNK == 0:
+            chunk = first // STAT_CHUNK
+            pairs = stats_ptr + rows.to(tl.int64) * stats_stride_m + chunk * 2
+            mask = (rows < M) & (chunk * STAT_CHUNK < D)
+            tl.store(pairs, mean, mask=mask)
+            tl.store(pairs + 1, squares, mask=mask)
+            mean = tl.zeros((BLOCK_M,), COMPUTE)
+            squares = tl.zeros((BLOCK_M,), COMPUTE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -129,6 +149,7 @@ def linear_dx_kernel(
     M,
     OUT,
     D,
+    BY: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -141,8 +162,8 @@ def linear_dx_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     dx = product_tile(
-        dy_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
-        False, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        dy_ptr, weight_ptr, rows, columns, first_row, first_column, M, D, OUT, OUT, False,
+        BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
     inside = (rows < M)[:, None] & (columns < D)[None, :]
@@ -163,7 +184,7 @@ def linear_gelu_dx_kernel(
     D,
     dstats_stride_m,
     GELU: tl.constexpr,
-    VENDOR: tl.constexpr,
+    BY: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -176,28 +197,35 @@ def linear_gelu_dx_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     product = product_tile(
-        dy_ptr, weight_ptr, rows, columns, M, OUT, D, D, OUT, 1,
-        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        dy_ptr, weight_ptr, rows, columns, first_row, first_column, M, OUT, D, D, False,
+        BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < OUT)[None, :]
-    u = tl.load(u_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    below, density = gelu_factor(u, GELU)
-    du = (product * (below + u * density)).to(du_ptr.dtype.element_ty)
-    tl.store(du_ptr + at, du, mask=inside)
+    parts = column_chunks(product, BLOCK_M, BLOCK_N, _NARROW)
+    with_colsum = tl.zeros((BLOCK_M,), COMPUTE)
+    with_u = tl.zeros((BLOCK_M,), COMPUTE)
+    for i in tl.static_range(BLOCK_N // _NARROW):
+        columns = first_column + i * _NARROW + tl.arange(0, _NARROW)
+        at = rows.to(tl.int64)[:, None] * OUT + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < OUT)[None, :]
+        u = tl.load(u_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        below, density = gelu_factor(u, GELU)
+        du = (parts[i] * (below + u * density)).to(du_ptr.dtype.element_ty)
+        tl.store(du_ptr + at, du, mask=inside)
 
-    # The sums are over du as it was stored, since that is what the next product reads.
-    du = tl.where(inside, du.to(COMPUTE), 0.0)
-    colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
-    PARTS: tl.constexpr = BLOCK_N // STAT_CHUNK
-    with_colsum = tl.sum(tl.reshape(du * colsum[None, :], (BLOCK_M, PARTS, STAT_CHUNK)), axis=2)
-    with_u = tl.sum(tl.reshape(du * (u - bias[None, :]), (BLOCK_M, PARTS, STAT_CHUNK)), axis=2)
-    part = first_column // STAT_CHUNK + tl.arange(0, PARTS)
-    pairs = dstats_ptr + rows.to(tl.int64)[:, None] * dstats_stride_m + part[None, :] * 2
-    mask = (rows < M)[:, None] & (part * STAT_CHUNK < OUT)[None, :]
-    tl.store(pairs, with_colsum, mask=mask)
-    tl.store(pairs + 1, with_u, mask=mask)
+        # The sums are over du as it was stored, since that is what the next product reads, and 0 beyond the end.
+        du = du.to(COMPUTE)
+        colsum = tl.load(colsum_ptr + columns, mask=columns < OUT, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0)
+        with_colsum += tl.sum(du * colsum[None, :], axis=1)
+        with_u += tl.sum(du * (u - bias[None, :]), axis=1)
+        if (i + 1) * _NARROW % STAT_CHUNK == 0:
+            first = first_column + (i + 1) * _NARROW - STAT_CHUNK
+            pairs = dstats_ptr + rows.to(tl.int64) * dstats_stride_m + first // STAT_CHUNK * 2
+            mask = (rows < M) & (first < OUT)
+            tl.store(pairs, with_colsum, mask=mask)
+            tl.store(pairs + 1, with_u, mask=mask)
+            with_colsum = tl.zeros((BLOCK_M,), COMPUTE)
+            with_u = tl.zeros((BLOCK_M,), COMPUTE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -222,7 +250,7 @@ def norm_linear_dx_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    VENDOR: tl.constexpr,
+    BY: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -235,8 +263,8 @@ def norm_linear_dx_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     wide = product_tile(
-        du_ptr, weight_ptr, rows, columns, M, D, OUT, OUT, D, 1,
-        VENDOR, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        du_ptr, weight_ptr, rows, columns, first_row, first_column, M, D, OUT, OUT, False,
+        BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     sums = tl.zeros((BLOCK_M, 2), COMPUTE)
@@ -247,24 +275,28 @@ def norm_linear_dx_kernel(
         sums += tl.sum(tl.reshape(pairs, (BLOCK_M, 16, 2)), axis=1)
     with_colsum, with_u = tl.split(sums)
 
-    wide_rows = rows.to(tl.int64)[:, None]
-    inside = (rows < M)[:, None] & (columns < D)[None, :]
-    token = (rows % tokens)[:, None]
-    chosen = inside & (token < first)
-    compact = (rows // tokens).to(tl.int64)[:, None] * first + token
-    if HAS_EXTRA:
-        wide += tl.load(extra_ptr + compact * D + columns[None, :], mask=chosen, other=0.0)
     mean = tl.load(moments_ptr + rows * 2, mask=rows < M, other=0.0)
     rstd = tl.load(moments_ptr + rows * 2 + 1, mask=rows < M, other=0.0)
-    x = tl.load(x_ptr + wide_rows * x_stride_m + columns[None, :], mask=inside, other=0.0).to(COMPUTE)
-    normalised = (x - mean[:, None]) * rstd[:, None]
-    dx = rstd[:, None] * (wide - (with_colsum / D)[:, None] - normalised * (with_u / D)[:, None])
-    if HAS_RESIDUAL:
-        dx += tl.load(residual_ptr + compact * residual_stride_m + columns[None, :], mask=chosen, other=0.0)
-    at = wide_rows * D + columns[None, :]
-    tl.store(dx_ptr + at, dx, mask=inside)
-    if HAS_LOW:
-        tl.store(dx_low_ptr + at, dx.to(dx_low_ptr.dtype.element_ty), mask=inside)
+    wide_rows = rows.to(tl.int64)[:, None]
+    token = (rows % tokens)[:, None]
+    compact = (rows // tokens).to(tl.int64)[:, None] * first + token
+    parts_of_dx = column_chunks(wide, BLOCK_M, BLOCK_N, _NARROW)
+    for i in tl.static_range(BLOCK_N // _NARROW):
+        columns = first_column + i * _NARROW + tl.arange(0, _NARROW)
+        inside = (rows < M)[:, None] & (columns < D)[None, :]
+        chosen = inside & (token < first)
+        d_normalised = parts_of_dx[i]
+        if HAS_EXTRA:
+            d_normalised += tl.load(extra_ptr + compact * D + columns[None, :], mask=chosen, other=0.0)
+        x = tl.load(x_ptr + wide_rows * x_stride_m + columns[None, :], mask=inside, other=0.0).to(COMPUTE)
+        normalised = (x - mean[:, None]) * rstd[:, None]
+        dx = rstd[:, None] * (d_normalised - (with_colsum / D)[:, None] - normalised * (with_u / D)[:, None])
+        if HAS_RESIDUAL:
+            dx += tl.load(residual_ptr + compact * residual_stride_m + columns[None, :], mask=chosen, other=0.0)
+        at = wide_rows * D + columns[None, :]
+        tl.store(dx_ptr + at, dx, mask=inside)
+        if HAS_LOW:
+            tl.store(dx_low_ptr + at, dx.to(dx_low_ptr.dtype.element_ty), mask=inside)
 
 
 def norm_linear(
@@ -332,7 +364,7 @@ def _launch_norm_linear(
         "GELU": "" if activation is None else kind,
         "CHUNKS": triton.next_power_of_2(chunks(D)),
     }
-    launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, ("x_ptr", weight.T))
+    launch_tiles(norm_linear_kernel, args, tile, M, OUT, D, precision, stats.dtype, "x_ptr", True)
     return moments
 
 
@@ -361,7 +393,7 @@ def linear_residual(
         "stats_stride_m": stats.stride(0),
         "HAS_LOW": x.dtype != a.dtype,
     }
-    launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype, ("a_ptr", weight.T))
+    launch_tiles(linear_residual_kernel, args, tile, M, D, K, precision, residual.dtype, "a_ptr", True)
     return x, x_low, stats
 
 
@@ -369,7 +401,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
     M, OUT = dy.shape
     D = weight.shape[1]
     tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
-    if tile.vendor:
+    if tile.by == "vendor":
         return product(dy, weight, precision, out_dtype)
     dx = torch.empty(M, D, dtype=out_dtype, device=dy.device)
     args = {
@@ -380,7 +412,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
         "OUT": OUT,
         "D": D,
     }
-    launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype)
+    launch_tiles(linear_dx_kernel, args, tile, M, D, OUT, precision, dy.dtype, "dy_ptr")
     return dx
 
 
@@ -392,6 +424,8 @@ def linear_gelu_dx(
     du = torch.empty(M, OUT, dtype=u.dtype, device=u.device)
     dstats = torch.empty(M, chunks(OUT), 2, dtype=colsum.dtype, device=u.device)
     tile = tuning.tile("linear_gelu_dx", dy.dtype, M, OUT, D, precision, dy.device)
+    if kind != "erf":  # whose slopes take registers that are not there where programs share them
+        tile = tile._replace(programs=1)
     args = {
         "dy_ptr": dy.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -406,7 +440,7 @@ def linear_gelu_dx(
         "dstats_stride_m": dstats.stride(0),
         "GELU": kind,
     }
-    launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, ("dy_ptr", weight))
+    launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, "dy_ptr")
     return du, dstats
 
 
@@ -428,6 +462,8 @@ def norm_linear_dx(
     dx = torch.empty(M, D, dtype=moments.dtype, device=du.device)
     dx_low = _empty_low(dx, weight.dtype)
     tile = tuning.tile("norm_linear_dx", du.dtype, M, D, OUT, precision, du.device)
+    if extra is not None:  # which takes registers that are not there where programs share them
+        tile = tile._replace(programs=1)
     args = {
         "du_ptr": du.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -450,7 +486,7 @@ def norm_linear_dx(
         "HAS_EXTRA": extra is not None,
         "HAS_LOW": dx.dtype != weight.dtype,
     }
-    launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, ("du_ptr", weight))
+    launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, "du_ptr")
     return dx, dx_low
 
 

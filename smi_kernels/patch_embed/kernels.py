@@ -132,8 +132,8 @@ def embed_tokens_dx_kernel(
     b = tl.minimum(rows, M - 1) // K
     tokens = tl.minimum(rows, M - 1) + (b + 1) * P  # prefix tokens stand before the patches of each image
     d_patches = product_tile(
-        dx_ptr, weight_ptr, tokens, columns, M // K * (K + P), PIXELS, D, D, PIXELS, 1,
-        False, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        dx_ptr, weight_ptr, tokens, columns, first_row, first_column, M // K * (K + P), PIXELS, D, D, False,
+        "pointers", EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_SCALE:
         d_patches *= tl.load(scale_ptr + b)[:, None]

@@ -2,9 +2,10 @@
 
 A table has, for each operation and arithmetic, tiles from large to small. A shape that was measured has its own entry;
 any other takes the largest tile that still gives every multiprocessor work, else the smallest. `default.json` is for
-every GPU and says by its ``measured`` field whether any of it was timed; ``sm_90.json`` and the like, where they are
-shipped, have the shapes measured on GPUs of that compute capability, and the file that `SMI_TUNING` names, if it is
-set, those of the user. ``python -m benchmarks.tune`` makes such files.
+every GPU, with lists of their own for some compute capabilities, and says by its ``measured`` field whether any of it
+was timed; ``sm_90.json`` and the like, where they are shipped, have the shapes measured on GPUs of that compute
+capability, and the file that `SMI_TUNING` names, if it is set, those of the user. ``python -m benchmarks.tune`` makes
+such files.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _MULTIPROCESSORS = 132  # of the GPU that recorded launches are meant for
 class Tile(NamedTuple):
     """Rows, columns and depth of a tile, warps of a program, and stages its loads are pipelined over.
 
-    With `vendor` the product comes from the vendor's library (cuBLAS), in float32, and the kernel does the rest.
+    `by` says how the operands come: through ``pointers``, every thread loading some of their elements; by ``tma``, the
+    unit that fetches whole tiles (compute capability 9.0 and later; 16-byte rows and addresses, else through pointers);
+    or not at all, where the ``vendor``'s library (cuBLAS) makes the product, in float32, and the kernel does the rest.
+    `programs` share the registers of a multiprocessor, so that one multiplies while another has its epilogue.
     """
 
     m: int
@@ -37,11 +41,18 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    vendor: bool = False
+    by: str = "pointers"
+    programs: int = 1
+
+    @property
+    def registers(self) -> int:
+        """Most of them that a thread can have: of 65,536 of a multiprocessor, in eights."""
+        return min(255, 2048 // (self.warps * self.programs) // 8 * 8)
 
 
-VENDOR = Tile(64, 64, 64, 4, 1, vendor=True)
-_OWN_PRODUCT = ("embed_tokens", "embed_tokens_dx")  # patches are gathered while they are multiplied: nothing for cuBLAS
+VENDOR = Tile(64, 64, 64, 4, 1, "vendor")
+_GATHERS = ("embed_tokens", "embed_tokens_dx")  # rows while it multiplies: nothing for cuBLAS, nor tiles to fetch
+_assumed: ContextVar[int | None] = ContextVar("assumed", default=None)
 _forced: ContextVar[tuple[Tile, list[str]] | None] = ContextVar("forced", default=None)
 
 
@@ -54,18 +65,28 @@ def tile(operation: str, dtype: torch.dtype, M: int, N: int, K: int, precision: 
     arithmetic = "16-bit" if dtype.itemsize == 2 else dot_precision(precision)
     shape = f"{operation} {arithmetic} {M}x{N}x{K}"
     forced = _forced.get()
-    if forced is not None and not (forced[0].vendor and operation in _OWN_PRODUCT):
+    if forced is not None and (forced[0].by == "pointers" or operation not in _GATHERS):
         forced[1].append(shape)
         return forced[0]
-    table = _table()
-    candidates = [Tile(*entry) for entry in table[arithmetic][operation]]
+    sm = capability(device)
+    candidates = _tiles(sm, arithmetic, operation)
     if precision.endswith(INVARIANT):
         return candidates[-1]
-    measured = shapes(_capability(device)).get(shape)
+    measured = shapes(sm).get(shape)
     if measured is not None:
         return measured
     programs = _multiprocessors(device)
     return next((t for t in candidates if -(-M // t.m) * -(-N // t.n) >= programs), candidates[-1])
+
+
+@contextlib.contextmanager
+def assuming(capability: int) -> Iterator[None]:
+    """Within this context tiles for devices that are not there are those of this compute capability (times 10)."""
+    token = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 @contextlib.contextmanager
@@ -84,19 +105,26 @@ def dot_precision(precision: str) -> str:
     return precision.removesuffix(INVARIANT)
 
 
-def candidates() -> dict[tuple[str, str], list[Tile]]:
-    """All shipped tiles by (arithmetic, operation)."""
-    table = _table()
+def candidates(capability: int | None) -> dict[tuple[str, str], list[Tile]]:
+    """All tiles that are shipped for this compute capability (times 10), by (arithmetic, operation)."""
     found = {
-        (arithmetic, operation): [Tile(*entry) for entry in entries]
+        (arithmetic, operation): list(_tiles(capability, arithmetic, operation))
         for arithmetic in ("16-bit", "tf32", "ieee")
-        for operation, entries in table[arithmetic].items()
+        for operation in _table()[arithmetic]
     }
-    for capability in _shipped():
+    if capability in _shipped():
         for name, entry in _read(capability)["shapes"].items():
             operation, arithmetic, _ = name.split()
             found[arithmetic, operation].append(Tile(*entry))
     return {key: list(dict.fromkeys(tiles)) for key, tiles in found.items()}
+
+
+@functools.cache
+def _tiles(capability: int | None, arithmetic: str, operation: str) -> tuple[Tile, ...]:
+    """From large to small."""
+    table = _table()
+    own = table.get(f"sm_{capability}", {}).get(arithmetic, {})
+    return tuple(Tile(*entry) for entry in own.get(operation, table[arithmetic][operation]))
 
 
 @functools.cache
@@ -119,10 +147,10 @@ def _user_shapes(file: Path) -> dict[str, list[Any]]:
         for name, entry in found.items():
             operation, arithmetic, shape = name.split()
             known = operation in _table()[arithmetic] and [int(n) > 0 for n in shape.split("x")] == [True] * 3
-            sizes = all(type(n) is int and n > 0 for n in entry[:5])
-            vendor = entry[5] if len(entry) == 6 else False
-            sensible = type(vendor) is bool and not (vendor and operation in _OWN_PRODUCT)
-            if not (known and sizes and 5 <= len(entry) <= 6 and sensible):
+            tile = Tile(*entry)
+            sizes = all(type(n) is int and n > 0 for n in (*tile[:5], tile.programs))
+            sensible = tile.by == "pointers" or (tile.by in ("tma", "vendor") and operation not in _GATHERS)
+            if not (known and sizes and sensible):
                 raise ValueError(f"entry {name!r}: {entry}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{USER_TABLE} names {str(file)!r}, which is no table of tiles ({error!r}); {mend}") from error
@@ -159,9 +187,9 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
-def _capability(device: torch.device) -> int | None:
+def capability(device: torch.device) -> int | None:
+    """Compute capability of a GPU, times 10; of any other device what is assumed, if anything is."""
     if device.type != "cuda":
-        return None
+        return _assumed.get()
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 10 * int(major) + int(minor)
