@@ -264,3 +264,13 @@ def test_counts_by_hand() -> None:
     for merge_to in (0.0, 1.01):
         with pytest.raises(ValueError, match=f"merge_to is {merge_to}; expected a share"):
             merge_counts(7, 2, merge_to)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(7, 1), (15, 3), (100, 3), (196, 4), (1369, 12)])
+def test_the_share_that_a_refusal_names_is_the_least_that_is_accepted(tokens: int, blocks: int) -> None:
+    with pytest.raises(ValueError, match="use a merge_to of") as refused:
+        merge_counts(tokens, blocks, 1e-4)
+    named = float(str(refused.value).split("use a merge_to of ")[1].split(" or more")[0])
+    assert merge_counts(tokens, blocks, named)[-1] == int(named * tokens + 1e-9)
+    with pytest.raises(ValueError, match=f"use a merge_to of {named:g} or more"):
+        merge_counts(tokens, blocks, named - 0.5 / tokens - 0.001)
