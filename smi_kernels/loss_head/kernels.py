@@ -117,9 +117,9 @@ def cross_entropy_head(
     args = {
         "logits_ptr": logits,
         "targets_ptr": targets,
-        "colsum_ptr": colsum,
-        "bias_ptr": bias,
-        "grad_scale_ptr": grad_scale,
+        "colsum_ptr": colsum.contiguous(),
+        "bias_ptr": bias.contiguous(),
+        "grad_scale_ptr": None if grad_scale is None else grad_scale.contiguous(),
         "step_ptr": step,
         "loss_ptr": loss,
         "d_logits_ptr": d_logits,

@@ -216,7 +216,7 @@ def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewe
     BLOCK_D = max(16, triton.next_power_of_2(D))
     args = {
         "key_ptr": key,
-        "norm_ptr": norm,
+        "norm_ptr": None if norm is None else norm.contiguous(),
         "best_ptr": best,
         "partner_ptr": partner,
         "EPS": eps,
