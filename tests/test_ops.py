@@ -128,8 +128,8 @@ def test_schema_and_fakes_hold(name: str, low: torch.dtype, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", sorted(name for name, folder in ops.OPERATORS.items() if folder == "attention"))
-def test_attention_is_contiguous_whatever_it_is_given_as_its_fake_says(name: str, backend: str) -> None:
+@pytest.mark.parametrize("name", sorted(n for n, folder in ops.OPERATORS.items() if folder in ("attention", "linear")))
+def test_results_are_contiguous_whatever_is_given_as_fakes_say(name: str, backend: str) -> None:
     """Of inputs that are dense, but in another order, and of heads of one column."""
     with use_backend(backend):
         for args, options in samples(torch.float64)[name]:

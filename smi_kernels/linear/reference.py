@@ -140,7 +140,8 @@ def linear_residual(
         x_low: the same in the dtype of `a`; empty if that is the dtype of `x`.
         stats: (M, ceil(D / 64), 2) float32, `row_statistics` of `x`.
     """
-    x = residual + _product(a, weight.T, residual.dtype) + bias
+    # The product comes first because sums have the strides of what comes first.
+    x = _product(a, weight.T, residual.dtype) + residual + bias
     return x, low(x, a.dtype), row_statistics(x)
 
 
