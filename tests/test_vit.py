@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -276,6 +277,21 @@ def test_bits_of_an_image_do_not_depend_on_its_batch(backend: str) -> None:
         pytest.skip("PyTorch's matrix products promise nothing of the kind")
     whole, alone = gradient(vit, images, keep), gradient(vit, images[3:4], keep[3:4])
     assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3:4], alone[1])
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "qk_norm"])
+def test_bits_of_received_attention_do_not_depend_on_the_batch(norm: bool, backend: str) -> None:
+    model = tiny(class_token=False, global_pool="avg", qk_norm=norm).to(DEVICE)
+    vit = SparseViT.from_timm(model, batch_invariant=True)
+    keep = some_patches(5, 9, N)
+    trace = vit.run(pixels(model, 5, torch.float32), keep, None)
+    _, whole = vit.rank(trace, keep, 7)
+    for i in range(5):
+        one = dataclasses.replace(trace, query=trace.query[i : i + 1].clone(), key=trace.key[i : i + 1].clone())
+        _, alone = vit.rank(one, keep[i : i + 1], 7)
+        assert torch.equal(whole[i : i + 1], alone)
+    none = dataclasses.replace(trace, query=trace.query[:0], key=trace.key[:0])
+    assert vit.rank(none, keep[:0], 7)[1].shape == (0, 9)
 
 
 @pytest.mark.parametrize(("depth", "variant"), [(12, {}), (24, {}), (4, {"qk_norm": True})])
