@@ -34,9 +34,11 @@ def _directions(
     BLOCK_D: tl.constexpr,
 ):
     """(rows, BLOCK_D) means over heads of the keys of one image, scaled to length 1."""
+    # Any axis may be the outermost, and 32 bits not reach from one head, or token, to the last.
+    step_h, rows = tl.full((), stride_h, tl.int64), rows.to(tl.int64)
     total = tl.zeros((rows.shape[0], BLOCK_D), COMPUTE)
     for head in range(H):
-        key = load_rows(key_ptr + head * stride_h, rows, N, stride_n, D, BLOCK_D)
+        key = load_rows(key_ptr + head * step_h, rows, N, stride_n, D, BLOCK_D)
         total += normed(key, norm_ptr, rows, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
     total /= H
     length = tl.sqrt(tl.sum(total * total, axis=1))
