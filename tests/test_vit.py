@@ -234,6 +234,18 @@ def test_tiny_and_huge_gradients_survive_float16(backend: str) -> None:
     assert (zero == 0).all()
 
 
+@pytest.mark.parametrize("variant", ["plain", "distilled"])
+def test_classes_that_are_switched_off_leave_the_gradient_of_the_others(variant: str, backend: str) -> None:
+    model = distilled() if variant == "distilled" else build(variant)
+    model.head.bias.data[1] = -torch.inf
+    vit, targets = SparseViT.from_timm(model), torch.tensor([0, 2], device=DEVICE)
+    images = pixels(model).requires_grad_(True)
+    expected, found = (
+        torch.autograd.grad(F.cross_entropy(network(images), targets), images)[0] for network in (model.eval(), vit)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_rotary_embeddings_in_16_bits_and_computed_again(backend: str) -> None:
     model: Any = Eva(**{**EVA, "embed_dim": 32}, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True)
     model = randomise(model).to(DEVICE)

@@ -184,7 +184,8 @@ def gradient_sums(du: Tensor, u: Tensor, colsum: Tensor, bias: Tensor) -> Tensor
     """(M, ceil(OUT / 64), 2) sums of ``du colsum`` and ``du (u - bias)`` over chunks of 64 columns of (M, OUT)
     tensors."""
     du, u = du.to(colsum.dtype), u.to(colsum.dtype)
-    parts = torch.stack((du * colsum, du * (u - bias)), dim=2)
+    # Where no gradient is, u may be infinite: a bias of minus infinity switches a class off.
+    parts = torch.stack((du * colsum, torch.where(du == 0, 0, du * (u - bias))), dim=2)
     return torch.stack([part.sum(1) for part in parts.split(STAT_CHUNK, dim=1)], dim=1)
 
 
