@@ -19,9 +19,9 @@ def accelerate(
         logits = model(images)                            # as before
         logits = model(images, keep=keep, jitter=jitter)  # only these patches
 
-    The weights count as frozen: gradients reach the images alone. If weights change, they are folded again at the next
-    call, unless they are written through ``parameter.data`` in place, which leaves no trace, or the call is compiled by
-    `torch.compile`: then one ordinary call folds them.
+    The weights count as frozen: gradients reach the images alone. If weights change, or buffers such as the embeddings
+    of texts, they are folded again at the next call, unless they are written through ``parameter.data`` in place, which
+    leaves no trace, or the call is compiled by `torch.compile`: then one ordinary call folds them.
 
     Args:
         model: in evaluation mode; not modified.
@@ -75,8 +75,8 @@ class Accelerated(nn.Module):
         self._folded_at = self._state()
 
     def _state(self) -> tuple[Any, ...]:
-        """Changes whenever a weight is written to, replaced or moved, or the mode changes."""
-        return (self.model.training, *map(_state_of, self.model.parameters()))
+        """Changes whenever a weight or buffer is written to, replaced or moved, or the mode changes."""
+        return (self.model.training, *map(_state_of, (*self.model.parameters(), *self.model.buffers())))
 
 
 def _state_of(weight: Tensor) -> tuple[Any, ...]:

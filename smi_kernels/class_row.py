@@ -107,7 +107,7 @@ def class_row_args(
     args = {
         "query_ptr": query,
         "key_ptr": key,
-        "norm_ptr": qk_norm,
+        "norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
         "SCALE": scale,
         "EPS": eps,
         "N": N,

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,26 @@ def text(function: Any) -> str:
 def takes(*dtypes: torch.dtype) -> bool:
     """Whether there are operators for tensors of these dtypes: one and the same, float32 or float64."""
     return dtypes[0] in _DTYPES and all(dtype == dtypes[0] for dtype in dtypes)
+
+
+def by_image(operation: Callable[..., Any], args: tuple[Any, ...], batched: tuple[int, ...]) -> Any:
+    """What a reference gives, one image at a time where nothing is compiled.
+
+    PyTorch's matrix products of several images may sum in another order than those of one.
+
+    Args:
+        batched: places in `args` of tensors with an image in each row, or None; the first is a tensor.
+    """
+    images = args[batched[0]].shape[0]
+    if images < 2:
+        return operation(*args)
+    made = []
+    for i in range(images):
+        given = [a[i : i + 1] if place in batched and a is not None else a for place, a in enumerate(args)]
+        made.append(operation(*given))
+    if isinstance(made[0], Tensor):
+        return torch.cat(made)
+    return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
 
 
 def call(name: str, dtype: torch.dtype, *args: Any) -> None:

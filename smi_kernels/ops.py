@@ -239,7 +239,7 @@ def _(dy, weight, out_dtype, precision):
     ' str kind="erf") -> (Tensor, Tensor)',
 )
 def _(dy, weight, u, colsum, bias, precision, kind="erf"):
-    return torch.empty_like(u), colsum.new_empty(u.shape[0], _chunks(u.shape[1]), 2)
+    return u.new_empty(u.shape), colsum.new_empty(u.shape[0], _chunks(u.shape[1]), 2)
 
 
 @_define(

@@ -376,8 +376,11 @@ class SparseViT(nn.Module):
             raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         assert trace.query is not None and trace.key is not None
         if self.ranking == "received_attention":
+            # PyTorch's products of many images may sum in another order than those of one; compiled operators never do.
+            size = 1 if self.batch_invariant or not keep.is_cuda else max(len(keep), 1)
+            images = zip(trace.query.split(size), trace.key.split(size), strict=True)
             with outside_autocast(keep.device):
-                of_all = received(trace.query, trace.key, last.qk_norm, last.qk_eps)
+                of_all = torch.cat([received(query, key, last.qk_norm, last.qk_eps) for query, key in images])
             scores = of_all[:, w.prefix.shape[0] :].contiguous()
             return torch.ops.smi.select_tokens(scores, keep, count), scores
         norm, prefix = last.qk_norm, w.prefix.shape[0]

@@ -11,6 +11,7 @@ from small import CLASSES, tiny
 from torch.nn import functional as F
 
 import smi_kernels
+from smi import with_text_head
 from smi_kernels import accelerate
 
 
@@ -94,6 +95,15 @@ def test_weights_are_folded_again_wherever_they_lie() -> None:
         model = tiny(seed=8).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(accelerate(model)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_other_texts_are_folded_again() -> None:
+    generator = torch.Generator().manual_seed(3)
+    texts, others = torch.randn(2, 5, 70, generator=generator)
+    model = with_text_head(tiny(num_classes=70, depth=1), texts, logit_scale=4.0).to(DEVICE)
+    fast, images = accelerate(model), torch.randn(1, 3, 16, 16, device=DEVICE)
+    model.head[1].load_state_dict(with_text_head(tiny(num_classes=70, depth=1), others).head[1].state_dict())
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_call_follows_an_ordinary_one() -> None:

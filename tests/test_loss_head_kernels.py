@@ -129,6 +129,18 @@ def test_a_block_of_minus_infinity_first_leaves_the_rest() -> None:
 
 
 @pytest.mark.parametrize("head", BOTH, ids=NAMES)
+@pytest.mark.parametrize("R", [1, 2])
+def test_classes_that_a_bias_of_minus_infinity_switches_off_are_as_if_they_were_not(R: int, head: object) -> None:
+    logits, targets, colsum, bias, scale = inputs(R, 2, 7, False)
+    logits[..., 5:], bias[..., 5:] = -torch.inf, -torch.inf
+    targets = targets.remainder(5)
+    expected = head(logits[..., :5], targets, colsum[:, :5], bias[:, :5], scale, torch.float64)  # type: ignore[operator]
+    loss, d_logits, dstats = head(logits, targets, colsum, bias, scale, torch.float64)  # type: ignore[operator]
+    torch.testing.assert_close((loss, d_logits[:, :5], dstats), expected)
+    assert not d_logits[:, 5:].any()
+
+
+@pytest.mark.parametrize("head", BOTH, ids=NAMES)
 def test_history_takes_the_loss_at_the_step_and_nothing_else(head: object) -> None:
     logits, targets, colsum, bias, scale = to(torch.float32, *inputs(1, 3, 5, False))
     history = torch.full((3, 4), 7.0, device=DEVICE)[:, :3]

@@ -95,6 +95,19 @@ def test_keys_that_are_not_finite_still_give_targets_in_range() -> None:
     assert torch.equal(found, reference.match_tokens(key, None, 0.0, 1, 7))
 
 
+FAR = 2**30 + 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1, 6, 3, 8), (0, 8, FAR, 1)), ((1, 3, 2, 8), (0, FAR, 8, 1))], ids=str
+)
+def test_keys_may_lie_further_apart_than_32_bits_count(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Heads, or tokens; the memory between is never touched, so that a host need not have it."""
+    memory = torch.empty(2 * FAR + 64, dtype=torch.float16, device=DEVICE)
+    key = memory.as_strided(shape, strides).copy_(normal(*shape, seed=2))
+    assert kernels.match_tokens(key, None, 0.0, 0, 1).tolist() == [slow_targets(key[0], 0, 1)]
+
+
 def test_nothing_to_merge_leaves_every_token_where_it_is() -> None:
     found = kernels.match_tokens(normal(2, 6, 1, 16), None, 0.0, 1, 0)
     assert found.tolist() == [list(range(6))] * 2
@@ -264,3 +277,13 @@ def test_counts_by_hand() -> None:
     for merge_to in (0.0, 1.01):
         with pytest.raises(ValueError, match=f"merge_to is {merge_to}; expected a share"):
             merge_counts(7, 2, merge_to)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(7, 1), (15, 3), (100, 3), (196, 4), (1369, 12)])
+def test_the_share_that_a_refusal_names_is_the_least_that_is_accepted(tokens: int, blocks: int) -> None:
+    with pytest.raises(ValueError, match="use a merge_to of") as refused:
+        merge_counts(tokens, blocks, 1e-4)
+    named = float(str(refused.value).split("use a merge_to of ")[1].split(" or more")[0])
+    assert merge_counts(tokens, blocks, named)[-1] == int(named * tokens + 1e-9)
+    with pytest.raises(ValueError, match=f"use a merge_to of {named:g} or more"):
+        merge_counts(tokens, blocks, named - 0.5 / tokens - 0.001)

@@ -212,6 +212,32 @@ def test_an_image_has_the_same_bits_in_any_batch(batch: tuple[Tensor, ...]) -> N
         assert torch.equal(alone.exp_avg_sq, together.exp_avg_sq[one])
 
 
+@pytest.mark.parametrize(
+    ("options", "K", "merge_to"),
+    [
+        ({"qk_norm": True}, 9, None),
+        ({"class_token": False, "global_pool": "avg"}, 9, None),
+        ({"class_token": False, "global_pool": "avg"}, 16, 0.6),
+    ],
+    ids=["norms of queries and keys", "received attention", "sizes of tokens"],
+)
+def test_an_image_has_them_where_pytorch_computes_too(options: dict[str, Any], K: int, merge_to: float | None) -> None:
+    vit = SparseViT.from_timm(tiny(**options), merge_to=merge_to)
+    images, keep = random(5, 3, 16, 16), torch.arange(K).repeat(5, 1)
+
+    def run(part: slice) -> list[Tensor]:
+        given = images[part].clone().requires_grad_()
+        with use_backend("cpu"):
+            found = vit(given, keep[part], class_attention=merge_to is None)
+            logits, *scores = found if isinstance(found, tuple) else (found,)
+            return [logits, *scores, *torch.autograd.grad(logits.square().sum(), given)]
+
+    whole = run(slice(None))
+    for i in range(5):
+        for together, alone in zip(whole, run(slice(i, i + 1)), strict=True):
+            assert torch.equal(together[i : i + 1], alone)
+
+
 # --- finding and building ---
 
 

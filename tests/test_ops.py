@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -98,8 +99,8 @@ def samples(low: torch.dtype) -> dict[str, list[tuple[tuple[Any, ...], dict[str,
         ],
         "finish_prior_sums": [(images, wi(B, C, 8, 9), s) for s in (None, counter)],
         "cross_entropy_head": [
-            (wi(1, B, 5), t, wi(1, 5), wi(1, 5), None, low, h, s)
-            for t, h, s in ((integers(1, 4), None, None), (wi(B, 5).softmax(1), wi(2, B), counter))
+            (wi(1, B, 5), t, wi(1, 5), wi(1, 5), scale, low, h, s)
+            for t, scale, h, s in ((integers(1, 4), None, None, None), (wi(B, 5).softmax(1), wi(B), wi(2, B), counter))
         ],
     }  # fmt: skip
     with_options = {name: [(args, {}) for args in several] for name, several in found.items()}
@@ -127,8 +128,8 @@ def test_schema_and_fakes_hold(name: str, low: torch.dtype, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", sorted(name for name, folder in ops.OPERATORS.items() if folder == "attention"))
-def test_attention_is_contiguous_whatever_it_is_given_as_its_fake_says(name: str, backend: str) -> None:
+@pytest.mark.parametrize("name", sorted(n for n, folder in ops.OPERATORS.items() if folder in ("attention", "linear")))
+def test_results_are_contiguous_whatever_is_given_as_fakes_say(name: str, backend: str) -> None:
     """Of inputs that are dense, but in another order, and of heads of one column."""
     with use_backend(backend):
         for args, options in samples(torch.float64)[name]:
@@ -138,6 +139,30 @@ def test_attention_is_contiguous_whatever_it_is_given_as_its_fake_says(name: str
         of_one = {"attention": (one, None, 1e-6, "ieee"), "class_attention": (one[:, :2, 0], one[:, :, 1:], None, 1e-6)}
         if name in of_one:
             opcheck(getattr(torch.ops.smi, name).default, of_one[name], test_utils="test_faketensor")
+
+
+def apart(value: Any) -> Any:
+    """The same numbers, each with a neighbour behind it that does not belong."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    spread = torch.stack((value, torch.full_like(value, 3)), dim=-1).flatten(-2)
+    return spread[..., ::2]
+
+
+WRITTEN = {"adam_clamp_": (0, 2, 3), "pixel_step": (1, 2), "begin_step": (11,), "cross_entropy_head": (6,)}  # in place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(ops.OPERATORS))
+def test_what_lies_apart_is_read_right(name: str, backend: str) -> None:
+    """Every argument that is only read: weights, norms and scales too."""
+    with use_backend(backend):
+        for args, options in samples(torch.float64)[name]:
+            spread = [a if place in WRITTEN.get(name, ()) else apart(a) for place, a in enumerate(args)]
+            expected, found = (
+                getattr(torch.ops.smi, name)(*copy.deepcopy(given), **options) for given in (list(args), spread)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def differentiable(name: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], list[Tensor]]:

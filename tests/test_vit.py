@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -233,6 +234,18 @@ def test_tiny_and_huge_gradients_survive_float16(backend: str) -> None:
     assert (zero == 0).all()
 
 
+@pytest.mark.parametrize("variant", ["plain", "distilled"])
+def test_classes_that_are_switched_off_leave_the_gradient_of_the_others(variant: str, backend: str) -> None:
+    model = distilled() if variant == "distilled" else build(variant)
+    model.head.bias.data[1] = -torch.inf
+    vit, targets = SparseViT.from_timm(model), torch.tensor([0, 2], device=DEVICE)
+    images = pixels(model).requires_grad_(True)
+    expected, found = (
+        torch.autograd.grad(F.cross_entropy(network(images), targets), images)[0] for network in (model.eval(), vit)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_rotary_embeddings_in_16_bits_and_computed_again(backend: str) -> None:
     model: Any = Eva(**{**EVA, "embed_dim": 32}, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True)
     model = randomise(model).to(DEVICE)
@@ -276,6 +289,21 @@ def test_bits_of_an_image_do_not_depend_on_its_batch(backend: str) -> None:
         pytest.skip("PyTorch's matrix products promise nothing of the kind")
     whole, alone = gradient(vit, images, keep), gradient(vit, images[3:4], keep[3:4])
     assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3:4], alone[1])
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "qk_norm"])
+def test_bits_of_received_attention_do_not_depend_on_the_batch(norm: bool, backend: str) -> None:
+    model = tiny(class_token=False, global_pool="avg", qk_norm=norm).to(DEVICE)
+    vit = SparseViT.from_timm(model, batch_invariant=True)
+    keep = some_patches(5, 9, N)
+    trace = vit.run(pixels(model, 5, torch.float32), keep, None)
+    _, whole = vit.rank(trace, keep, 7)
+    for i in range(5):
+        one = dataclasses.replace(trace, query=trace.query[i : i + 1].clone(), key=trace.key[i : i + 1].clone())
+        _, alone = vit.rank(one, keep[i : i + 1], 7)
+        assert torch.equal(whole[i : i + 1], alone)
+    none = dataclasses.replace(trace, query=trace.query[:0], key=trace.key[:0])
+    assert vit.rank(none, keep[:0], 7)[1].shape == (0, 9)
 
 
 @pytest.mark.parametrize(("depth", "variant"), [(12, {}), (24, {}), (4, {"qk_norm": True})])

@@ -67,7 +67,7 @@ void cross_entropy_head(const T* parts, const int64_t* target, const T* probabil
 #pragma omp simd reduction(+ : of_colsum, of_part)
         for (int64_t j = 0; j < classes; ++j) {
           of_colsum += static_cast<double>(gradient[j] * sums[j]);
-          of_part += static_cast<double>(gradient[j] * (part[j] - b[j]));
+          of_part += gradient[j] == 0 ? 0 : static_cast<double>(gradient[j] * (part[j] - b[j]));  // b may be -infinity
         }
         dstats[2 * (r * images + image)] = static_cast<T>(of_colsum);
         dstats[2 * (r * images + image) + 1] = static_cast<T>(of_part);

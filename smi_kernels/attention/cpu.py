@@ -1,6 +1,6 @@
 """Attention on compiled operators; signatures and meanings as in ``reference.py``.
 
-With norms of queries and keys, or with sizes of tokens, the reference computes it.
+With norms of queries and keys, or with sizes of tokens, the reference computes it, an image at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention(
 ) -> Tensor:
     """As `smi_kernels.attention.reference.attention`."""
     if qk_norm is not None or size is not None or not native.takes(qkv.dtype):
-        return reference.attention(qkv, qk_norm, eps, precision, size)
+        return native.by_image(reference.attention, (qkv, qk_norm, eps, precision, size), (0, 4))
     B, N, _, H, d = qkv.shape
     native.expect(qkv=(qkv, (B, N, 3, H, d)))
     out = qkv.new_empty(B, N, H * d)
@@ -53,7 +53,8 @@ def attention_dx(
     """As `smi_kernels.attention.reference.attention_dx`."""
     dtypes = (qkv.dtype, d_out.dtype, colsum.dtype, bias.dtype)
     if qk_norm is not None or size is not None or not native.takes(*dtypes):
-        return reference.attention_dx(qkv, d_out, qk_norm, eps, colsum, bias, precision, size)
+        args = (qkv, d_out, qk_norm, eps, colsum, bias, precision, size)
+        return native.by_image(reference.attention_dx, args, (0, 1, 7))
     B, N, _, H, d = qkv.shape
     native.expect(
         qkv=(qkv, (B, N, 3, H, d)),
@@ -74,7 +75,7 @@ def class_attention(
 ) -> Tensor:
     """As `smi_kernels.attention.reference.class_attention`."""
     if qk_norm is not None or size is not None or not native.takes(query.dtype, kv.dtype):
-        return reference.class_attention(query, kv, qk_norm, eps, size)
+        return native.by_image(reference.class_attention, (query, kv, qk_norm, eps, size), (0, 1, 4))
     (B, R, H, d), N = query.shape, kv.shape[1]
     native.expect(kv=(kv, (B, N, 2, H, d)))
     out = query.new_empty(B, R, H * d)
@@ -98,7 +99,8 @@ def class_attention_dx(
     constants = (q_colsum, q_bias, kv_colsum, kv_bias)
     dtypes = (query.dtype, kv.dtype, d_out.dtype, *(t.dtype for t in constants))
     if qk_norm is not None or size is not None or not native.takes(*dtypes):
-        return reference.class_attention_dx(query, kv, d_out, qk_norm, eps, *constants, size)
+        args = (query, kv, d_out, qk_norm, eps, *constants, size)
+        return native.by_image(reference.class_attention_dx, args, (0, 1, 2, 9))
     (B, R, H, d), N = query.shape, kv.shape[1]
     native.expect(
         kv=(kv, (B, N, 2, H, d)),

@@ -393,7 +393,7 @@ def attention(
     tile = _forward_tile(N, BLOCK_D, qkv.dtype)
     args = {
         "qkv_ptr": qkv,
-        "qk_norm_ptr": qk_norm,
+        "qk_norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
         "size_ptr": size if size is None else size.contiguous(),
         "out_ptr": out,
         "EPS": eps,
@@ -434,10 +434,10 @@ def attention_dx(
     args = {
         "qkv_ptr": qkv,
         "d_out_ptr": d_out,
-        "qk_norm_ptr": qk_norm,
+        "qk_norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
         "size_ptr": size if size is None else size.contiguous(),
-        "colsum_ptr": colsum,
-        "bias_ptr": bias,
+        "colsum_ptr": colsum.contiguous(),
+        "bias_ptr": bias.contiguous(),
         "dqkv_ptr": dqkv,
         "dstats_ptr": dstats,
         "EPS": eps,

@@ -140,7 +140,8 @@ def linear_residual(
         x_low: the same in the dtype of `a`; empty if that is the dtype of `x`.
         stats: (M, ceil(D / 64), 2) float32, `row_statistics` of `x`.
     """
-    x = residual + _product(a, weight.T, residual.dtype) + bias
+    # The product comes first because sums have the strides of what comes first.
+    x = _product(a, weight.T, residual.dtype) + residual + bias
     return x, low(x, a.dtype), row_statistics(x)
 
 
@@ -183,7 +184,8 @@ def gradient_sums(du: Tensor, u: Tensor, colsum: Tensor, bias: Tensor) -> Tensor
     """(M, ceil(OUT / 64), 2) sums of ``du colsum`` and ``du (u - bias)`` over chunks of 64 columns of (M, OUT)
     tensors."""
     du, u = du.to(colsum.dtype), u.to(colsum.dtype)
-    parts = torch.stack((du * colsum, du * (u - bias)), dim=2)
+    # Where no gradient is, u may be infinite: a bias of minus infinity switches a class off.
+    parts = torch.stack((du * colsum, torch.where(du == 0, 0, du * (u - bias))), dim=2)
     return torch.stack([part.sum(1) for part in parts.split(STAT_CHUNK, dim=1)], dim=1)
 
 

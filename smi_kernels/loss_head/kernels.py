@@ -88,7 +88,8 @@ def cross_entropy_head_kernel(
         stored = tl.where(at < classes, stored.to(COMPUTE), 0.0)[None, :]
         folded = r[:, None] * classes + at[None, :]
         with_colsum += tl.sum(stored * tl.load(colsum_ptr + folded, mask=inside, other=0.0), axis=1)
-        with_part += tl.sum(stored * (parts - tl.load(bias_ptr + folded, mask=inside, other=0.0)), axis=1)
+        apart = parts - tl.load(bias_ptr + folded, mask=inside, other=0.0)
+        with_part += tl.sum(tl.where(stored == 0, 0.0, stored * apart), axis=1)  # a bias may be minus infinity
 
     tl.store(loss_ptr + image, loss)
     pairs = dstats_ptr + (r * B + image) * 2
@@ -117,9 +118,9 @@ def cross_entropy_head(
     args = {
         "logits_ptr": logits,
         "targets_ptr": targets,
-        "colsum_ptr": colsum,
-        "bias_ptr": bias,
-        "grad_scale_ptr": grad_scale,
+        "colsum_ptr": colsum.contiguous(),
+        "bias_ptr": bias.contiguous(),
+        "grad_scale_ptr": None if grad_scale is None else grad_scale.contiguous(),
         "step_ptr": step,
         "loss_ptr": loss,
         "d_logits_ptr": d_logits,

@@ -44,7 +44,9 @@ def cross_entropy_head(
         gradient = gradient * grad_scale[:, None]
     d_logits = gradient.to(low_dtype)
     stored = d_logits.to(total.dtype)
-    sums = ((stored * colsum[:, None]).sum(2), (stored * (logits - bias[:, None])).sum(2))
+    # Where no gradient is, logits may be infinite: a bias of minus infinity switches a class off.
+    with_part = torch.where(stored == 0, 0, stored * (logits - bias[:, None]))
+    sums = ((stored * colsum[:, None]).sum(2), with_part.sum(2))
     if history is not None:
         history[step] = loss.to(history.dtype)
     return loss, d_logits, torch.stack(sums, dim=2)[:, :, None]

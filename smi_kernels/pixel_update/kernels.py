@@ -378,7 +378,7 @@ def pixel_step(
         "slots_ptr": images if keep_slots is None else keep_slots.contiguous(),
         "offsets_ptr": images if offsets is None else offsets.contiguous(),
         "coefficients_ptr": coefficients.contiguous(),
-        "bias_correction_ptr": bias_correction,
+        "bias_correction_ptr": bias_correction.contiguous(),
         "low_ptr": low.contiguous(),
         "high_ptr": high.contiguous(),
         "exp_avg_ptr": moments[0],

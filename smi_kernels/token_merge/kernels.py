@@ -34,9 +34,11 @@ def _directions(
     BLOCK_D: tl.constexpr,
 ):
     """(rows, BLOCK_D) means over heads of the keys of one image, scaled to length 1."""
+    # Any axis may be the outermost, and 32 bits not reach from one head, or token, to the last.
+    step_h, rows = tl.full((), stride_h, tl.int64), rows.to(tl.int64)
     total = tl.zeros((rows.shape[0], BLOCK_D), COMPUTE)
     for head in range(H):
-        key = load_rows(key_ptr + head * stride_h, rows, N, stride_n, D, BLOCK_D)
+        key = load_rows(key_ptr + head * step_h, rows, N, stride_n, D, BLOCK_D)
         total += normed(key, norm_ptr, rows, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
     total /= H
     length = tl.sqrt(tl.sum(total * total, axis=1))
@@ -216,7 +218,7 @@ def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewe
     BLOCK_D = max(16, triton.next_power_of_2(D))
     args = {
         "key_ptr": key,
-        "norm_ptr": norm,
+        "norm_ptr": None if norm is None else norm.contiguous(),
         "best_ptr": best,
         "partner_ptr": partner,
         "EPS": eps,

@@ -31,17 +31,25 @@ def merge_counts(tokens: int, blocks: int, merge_to: float) -> tuple[int, ...]:
     if not 0 < merge_to <= 1:
         raise ValueError(f"merge_to is {merge_to}; expected a share of the patches above 0, at most 1.")
     last = max(1, math.floor(tokens * Fraction(repr(float(merge_to)))))
-    left, merging = [tokens], max(blocks - 1, 0)
-    for number in range(1, merging + 1):
-        even = tokens - (tokens - last) * number // merging
-        left.append(max(even, -(-left[-1] // 2)))
+    left = _towards(last, tokens, max(blocks - 1, 0))
     if left[-1] != last:
+        # Towards more of them the first blocks merge fewer, so that the number reached from here may be out of reach.
+        fewest = next(n for n in range(left[-1], tokens + 1) if _towards(n, tokens, max(blocks - 1, 0))[-1] == n)
         raise ValueError(
             f"merge_to is {merge_to}, which leaves {last} of {tokens} patches, but the {blocks} blocks (the last "
             f"merges none) merge equally many each, every second token at most, and so leave {left[-1]}; "
-            f"use a merge_to of {math.ceil(1000 * left[-1] / tokens) / 1000:g} or more."
+            f"use a merge_to of {math.ceil(1000 * fewest / tokens) / 1000:g} or more."
         )
     return (*left[1:], *left[-1:])
+
+
+def _towards(last: int, tokens: int, merging: int) -> list[int]:
+    """Tokens in front of and behind `merging` blocks that merge equally many each, every second one at most."""
+    left = [tokens]
+    for number in range(1, merging + 1):
+        even = tokens - (tokens - last) * number // merging
+        left.append(max(even, -(-left[-1] // 2)))
+    return left
 
 
 def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewer: int) -> Tensor:
