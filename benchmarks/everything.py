@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Everything that a machine with one GPU can tell, in one go: correctness, sanitizers, then all benchmarks.
 
+First all cores compile what will be launched: else each part would begin with half a minute of one kernel at a time.
+
     python -m benchmarks.everything --out gpu-results              # under 9 minutes
     python -m benchmarks.everything --out gpu-results --quick      # 2 minutes
 
@@ -82,7 +84,9 @@ def parts(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
         out: folder for result files.
         seconds: for all of it.
     """
-    made = [*_correctness(quick), *_benchmarks(out, on_gpu, seconds, quick)]
+    ahead = _python("benchmarks.ahead", "--what", "short" if quick else "all")
+    compiled = [Part("ahead", 0.12 if quick else 0.06, ahead, quick=True)] if on_gpu else []
+    made = [*compiled, *_correctness(quick), *_benchmarks(out, on_gpu, seconds, quick)]
     return [part for part in made if part.quick or not quick]
 
 
@@ -108,9 +112,9 @@ def _correctness(quick: bool) -> list[Part]:
     few = (("OMP_NUM_THREADS", "1"),)  # or each process would have one for each core, and all wait for each other
     return [
         # Few at a time: each brings a large network.
-        Part("correctness", 0.3 if quick else 0.13, _tests(6, "tests/gpu"), quick=True, variables=few),
-        Part("kernels", 0.09, _tests(12, *kernels), variables=few),
-        sanitized("memcheck", 0.15 if quick else 0.06, quick=True, variables=apart),
+        Part("correctness", 0.25 if quick else 0.11, _tests(6, "tests/gpu"), quick=True, variables=few),
+        Part("kernels", 0.12, _tests(16, *kernels), variables=few),
+        sanitized("memcheck", 0.13 if quick else 0.06, quick=True, variables=apart),
         sanitized("racecheck", 0.06),
         sanitized("synccheck", 0.05),
     ]
@@ -118,7 +122,7 @@ def _correctness(quick: bool) -> list[Part]:
 
 def _tests(most: int, *suites: str) -> list[str]:
     """In several processes, `most` of them, where that is possible: the time goes into compiling kernels."""
-    workers = min(most, (os.cpu_count() or 1) * 3 // 4) if importlib.util.find_spec("xdist") else 1
+    workers = min(most, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
     parallel = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     # Not ended by the first failures, which may all be one fault that has nothing to do with the rest.
     told = ["-q", "--tb", "short", "--no-summary", "-p", "benchmarks.failures", "-p", "no:cacheprovider"]
@@ -159,8 +163,8 @@ def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Pa
         ),
         Part(
             "scaling",
-            0.06,
-            _python("benchmarks.scaling", *precision, "--budget", within(0.06), *to, *([] if on_gpu else ["--few"])),
+            0.05,
+            _python("benchmarks.scaling", *precision, "--budget", within(0.05), *to, *([] if on_gpu else ["--few"])),
         ),
         Part(
             "sparse_vs_dense",
@@ -168,7 +172,7 @@ def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Pa
             _python("benchmarks.sparse_vs_dense", *rounds, *to, *([] if on_gpu else ["--batch-size", "1"])),
         ),
         # Last, for it takes whatever the others leave over.
-        Part("compiled", 0.08, _python("benchmarks.end_to_end", *compiled, "--name", "end_to_end-compiled", *to)),
+        Part("compiled", 0.02, _python("benchmarks.end_to_end", *compiled, "--name", "end_to_end-compiled", *to)),
     ]
 
 

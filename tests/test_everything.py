@@ -103,7 +103,10 @@ def test_the_parts_fit_into_the_time_and_say_what_their_programs_understand(tmp_
             parts = everything.parts(tmp_path, on_gpu, 522.0, quick)
             assert sum(part.share for part in parts) <= 1
             names = [part.name for part in parts]
-            assert names[0] == "correctness" and len(set(names)) == len(names)
+            assert len(set(names)) == len(names) and ("ahead" in names) is on_gpu
+            if on_gpu:
+                assert names.pop(0) == "ahead"  # what all others would wait for
+            assert names[0] == "correctness"
             assert ("kernels" in names) is not quick
             alone = [part.name for part in parts if ("OMP_NUM_THREADS", "1") in part.variables]
             assert alone == names[: 1 if quick else 2]  # what is timed has all cores
@@ -114,7 +117,7 @@ def test_the_parts_fit_into_the_time_and_say_what_their_programs_understand(tmp_
                 said.setdefault(program, set()).update(word for word in command if word.startswith("--"))
                 files = [word.split("::")[0] for word in command if word.startswith("tests/")]
                 assert all((everything.ROOT / file).exists() for file in files)
-    assert len(said) == 7
+    assert len(said) == 8
     for program, options in said.items():
         if program[0] == "smi.cli":
             text = CliRunner().invoke(app, [program[1], "--help"], env={"COLUMNS": "250"}).output
