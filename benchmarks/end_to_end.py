@@ -103,18 +103,24 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             skip(which, "out of memory")
             continue
-        except (
-            Exception
-        ) as error:  # a compiler's, say, which need not be a RuntimeError; the others can still be measured
-            skip(which, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        except Exception as error:  # a compiler's, say, which need not be a RuntimeError; others can still be measured
+            skip(which, _said(error))
             continue
         # Ours brought its weights along with `model`, before.
         fixed = pixels + (0 if which == OURS else made.weight_bytes)
         found[which]["memory"] = None if memory.peak is None else memory.peak - fixed
         running[which] = made
     work = rows.work_of(model, network, config.batch_size, *_ceilings(record, device, precision))
-    for which, timed in rows.steady(running, steps, rounds, device, clock).items():
-        row = rows.complete(found[which], timed, running[which], model.info, work)
+    timed = rows.steady(running, steps, rounds, device, clock)
+    for which in running:
+        if which not in timed:
+            skip(which, "out of memory beside the others")
+            continue
+        try:
+            row = rows.complete(found[which], timed[which], running[which], model.info, work)
+        except Exception as error:  # of a profiler, say; the others have their times
+            skip(which, _said(error))
+            continue
         record["rows"].append(row)
         write_result(folder, record["name"], record)
         print(rows.line(row), flush=True)
@@ -132,6 +138,10 @@ def measure(
         record["rows"].append(row)
         write_result(folder, record["name"], record)
         print(rows.line(row), flush=True)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _ceilings(record: dict[str, Any], device: torch.device, precision: str) -> tuple[float, float]:

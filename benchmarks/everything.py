@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Everything that a machine with one GPU can tell, in one go: correctness, sanitizers, then all benchmarks.
 
+First all cores compile what will be launched: else each part would begin with half a minute of one kernel at a time.
+
     python -m benchmarks.everything --out gpu-results              # under 9 minutes
     python -m benchmarks.everything --out gpu-results --quick      # 2 minutes
 
@@ -10,7 +12,7 @@ which are written as they grow: whatever ends the run leaves what was found. Cop
 ``python -m benchmarks.readme`` to publish them. Without a GPU the same parts run on the CPU, so that the script itself
 is tried out; nothing is downloaded. Before, ``python csrc/build.py --out smi_kernels/_native`` compiles the operators
 that a checkout has not; what is not there is neither tested nor timed, and the summary says so under ``backends``.
-What torch.compile tunes takes longer to compile than is left here, and wants a run of its own: ``python -m
+What torch.compile tunes takes longer to compile than there is time here, and wants a run of its own: ``python -m
 benchmarks.end_to_end --models Ti S --implementations SMI C16 --whole --name end_to_end-compiled --minutes 8``.
 """
 
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import BASELINES
-from benchmarks.end_to_end import ALL, MODELS, OURS
+from benchmarks.end_to_end import ALL, MODELS
 from benchmarks.timing import environment
 from smi.devices import resolve_device
 from smi.files import atomic_write
@@ -82,7 +84,9 @@ def parts(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Part]:
         out: folder for result files.
         seconds: for all of it.
     """
-    made = [*_correctness(quick), *_benchmarks(out, on_gpu, seconds, quick)]
+    ahead = _python("benchmarks.ahead", "--what", "short" if quick else "all")
+    compiled = [Part("ahead", 0.12 if quick else 0.07, ahead, quick=True)] if on_gpu else []
+    made = [*compiled, *_correctness(quick), *_benchmarks(out, on_gpu, seconds, quick)]
     return [part for part in made if part.quick or not quick]
 
 
@@ -108,9 +112,9 @@ def _correctness(quick: bool) -> list[Part]:
     few = (("OMP_NUM_THREADS", "1"),)  # or each process would have one for each core, and all wait for each other
     return [
         # Few at a time: each brings a large network.
-        Part("correctness", 0.3 if quick else 0.13, _tests(6, "tests/gpu"), quick=True, variables=few),
-        Part("kernels", 0.09, _tests(12, *kernels), variables=few),
-        sanitized("memcheck", 0.15 if quick else 0.06, quick=True, variables=apart),
+        Part("correctness", 0.25 if quick else 0.12, _tests(6, "tests/gpu"), quick=True, variables=few),
+        Part("kernels", 0.12, _tests(16, *kernels), variables=few),
+        sanitized("memcheck", 0.13 if quick else 0.06, quick=True, variables=apart),
         sanitized("racecheck", 0.06),
         sanitized("synccheck", 0.05),
     ]
@@ -118,7 +122,7 @@ def _correctness(quick: bool) -> list[Part]:
 
 def _tests(most: int, *suites: str) -> list[str]:
     """In several processes, `most` of them, where that is possible: the time goes into compiling kernels."""
-    workers = min(most, (os.cpu_count() or 1) * 3 // 4) if importlib.util.find_spec("xdist") else 1
+    workers = min(most, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
     parallel = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     # Not ended by the first failures, which may all be one fault that has nothing to do with the rest.
     told = ["-q", "--tb", "short", "--no-summary", "-p", "benchmarks.failures", "-p", "no:cacheprovider"]
@@ -133,20 +137,17 @@ def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Pa
         """Seconds that a benchmark gives itself, so that it ends before it is ended."""
         return f"{0.8 * share * seconds:.0f}"
 
-    end_to_end = 0.4 if quick else 0.28
-    # Compiling may take all the time there is, and rows are written when all of a model have had their turns.
+    end_to_end = 0.4 if quick else 0.27
+    # What torch.compile makes is not among them: to compile it takes minutes, for the gate alone more than one.
     soon = [name for name in ALL if name not in BASELINES or not BASELINES[name].compiled]
-    late = [OURS, *(name for name in ALL if name not in soon)]
     whole = ["--models", *MODELS, "--batch-sizes", "32", "128", "--implementations", *soon]
     chosen = ["--quick"] if quick or not on_gpu else whole
     minutes = ["--minutes", f"{0.8 * end_to_end * seconds / 60:.2f}"]
-    compiled = ["--models", "Ti", "--batch-sizes", "32" if on_gpu else "2", "--implementations", *late, "--whole"]
-    compiled += [] if on_gpu else ["--steps", "1", "--rounds", "1"]
     small = ["--batch-size", "1", "--rounds", "5"]
     deit = ["deit_tiny_patch16_224", "--no-pretrained", "--kept", "46", "-b", "32" if on_gpu else "2", "--json"]
     rounds = ["--steps", "24" if on_gpu else "2", "--rounds", "3", "--schedule-rounds", "1"]
     return [
-        Part("profile", 0.04, _python("smi.cli", "profile", *deit, *precision)),
+        Part("profile", 0.05, _python("smi.cli", "profile", *deit, *precision)),
         Part("end_to_end", end_to_end, _python("benchmarks.end_to_end", *chosen, *minutes, *to), quick=True),
         Part(
             "operations",
@@ -159,16 +160,14 @@ def _benchmarks(out: Path, on_gpu: bool, seconds: float, quick: bool) -> list[Pa
         ),
         Part(
             "scaling",
-            0.06,
-            _python("benchmarks.scaling", *precision, "--budget", within(0.06), *to, *([] if on_gpu else ["--few"])),
+            0.05,
+            _python("benchmarks.scaling", *precision, "--budget", within(0.05), *to, *([] if on_gpu else ["--few"])),
         ),
         Part(
             "sparse_vs_dense",
             0.05,
             _python("benchmarks.sparse_vs_dense", *rounds, *to, *([] if on_gpu else ["--batch-size", "1"])),
         ),
-        # Last, for it takes whatever the others leave over.
-        Part("compiled", 0.08, _python("benchmarks.end_to_end", *compiled, "--name", "end_to_end-compiled", *to)),
     ]
 
 

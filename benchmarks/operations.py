@@ -140,7 +140,7 @@ def measure(operation: Operation, device: torch.device, ceilings: tuple[float, f
     for name, body in rivals(operation):
         try:
             row["rivals"][name] = quantiles(body, device, rounds)
-        except RuntimeError as error:  # of a library that has a forward for this shape, say, and no backward
+        except Exception as error:  # of a library that has a forward for this shape, say, and no backward
             row["failed"][name] = _said(error)
     return row
 

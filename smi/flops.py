@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
 
 
+# Of each network by patches, batch and the share that merging leaves. To count takes as long as a hundred iterations on
+# a GPU, and every batch asks again at each of its prunings.
+_counted: weakref.WeakKeyDictionary[SparseModel, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+
 def probe_inputs(model: SparseModel, kept: int, batch: int) -> tuple[Tensor, Tensor | None]:
     """Images (batch, C, H, W) of zeros that require a gradient, and the cells that feed `kept` patches (None = all)."""
     images = torch.zeros(batch, *model.info.input_size, device=model.device, dtype=model.dtype, requires_grad=True)
@@ -29,12 +35,20 @@ def count_flops(model: SparseModel, kept: int, batch: int = 1) -> int:
     """Floating-point operations of one forward and one gradient with respect to the images.
 
     A multiplication and an addition count as two; only matrix products, convolutions and attention are counted, as in
-    `torch.utils.flop_counter`. Images never interact, so the count is proportional to `batch`.
+    `torch.utils.flop_counter`. Images never interact, so the count is proportional to `batch`. Counted once a network.
 
     Args:
         kept: patches fed for each image, 1 to the model's number of patches.
         batch: images.
     """
+    known = _counted.setdefault(model, {})
+    key = kept, batch, model.merging_to
+    if key not in known:
+        known[key] = _count(model, kept, batch)
+    return known[key]
+
+
+def _count(model: SparseModel, kept: int, batch: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     images, cells = probe_inputs(model, kept, batch)

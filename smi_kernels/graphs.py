@@ -28,15 +28,16 @@ class Graph:
             torch.cuda.synchronize()
             # A stream of this device: the default one belongs to whichever device captured first. Other threads, such
             # as those that pin memory for a data loader, may go on calling CUDA.
-            stream = torch.cuda.Stream(device)
+            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             try:
-                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     try:
                         body()
                     except Exception as error:
                         reason = error
                         raise
             except Exception:
+                _give_back(pool)
                 if reason is not None:  # the end of a spoilt capture fails too, and says less
                     raise reason from None
                 raise
@@ -45,6 +46,21 @@ class Graph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _give_back(pool: Any) -> None:
+    """The pool of a capture that failed on the current device.
+
+    A spoilt capture ends before PyTorch's allocator hears of it, which then believes for good that one is going on: it
+    would return no more memory to the device, nor make room when there is none, and ask the dead graph about each
+    allocation.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it has heard, and the graph gives the pool back itself
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -132,6 +132,33 @@ def test_what_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pyt
     assert [s["reason"] for s in found["skipped"]] == ["LookupError: no such kernel"]
 
 
+def test_what_fails_when_all_take_turns_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that suffices for each alone need not suffice for all; and a profiler may fail."""
+    advance, count, done = implementations.Implementation.advance, rows.launches, dict[str, int]()
+
+    def starving(made: Any, iterations: int) -> None:
+        done[made.name] = done.get(made.name, 0) + 1
+        if made.name == "E32d" and done[made.name] > 2:  # after the one phase that it has
+            raise torch.cuda.OutOfMemoryError("no room")
+        advance(made, iterations)
+
+    def failing(made: Any) -> Any:
+        if made.name == "ToMe":
+            raise RuntimeError("no profiler")
+        return count(made)
+
+    monkeypatch.setattr(implementations.Implementation, "advance", starving)
+    monkeypatch.setattr(rows, "launches", failing)
+    found = run(tmp_path, whole=())
+    assert [row["implementation"] for row in found["rows"]] == ["SMI", "E32s"]
+    assert [(s["implementation"], s["reason"]) for s in found["skipped"]] == [
+        ("E32d", "out of memory beside the others"),
+        ("ToMe", "RuntimeError: no profiler"),
+    ]
+
+
 def test_the_gate_fails_another_network_and_the_verdict_names_the_figure() -> None:
     ours, other = network(), tiny(seed=8)
     other.pretrained_cfg = ours.pretrained_cfg

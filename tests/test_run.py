@@ -213,8 +213,30 @@ def test_flops_are_counted_as_by_hand(model: smi.SparseModel, kept: int) -> None
     assert count_flops(model, kept, batch=3) == 3 * expected_flops(kept)
 
 
+def test_flops_are_counted_once_for_each_number_of_patches(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch asks at each of its prunings, and to count takes as long as a hundred iterations on a GPU."""
+    asked: list[int] = []
+    call = smi.SparseModel.__call__
+
+    def counted(self: smi.SparseModel, images: Tensor, *args: Any, **options: Any) -> Any:
+        asked.append(len(images))
+        return call(self, images, *args, **options)
+
+    monkeypatch.setattr(smi.SparseModel, "__call__", counted)
+    fresh = smi.SparseModel(vit)
+    asked.clear()
+    found = [count_flops(fresh, kept) for kept in (11, 5, 11, 5)]
+    assert found == [expected_flops(kept) for kept in (11, 5, 11, 5)] and asked == [1, 1]
+    merged = smi.SparseModel(vit, merge_to=0.5)
+    asked.clear()
+    fewer = count_flops(merged, PATCHES)
+    with merged.unmerged():
+        assert fewer < count_flops(merged, PATCHES)
+    assert fewer == count_flops(merged, PATCHES) and asked == [1, 1]
+
+
 def test_flops_do_not_depend_on_what_torch_knows_of_cpu_attention(
-    model: smi.SparseModel, monkeypatch: pytest.MonkeyPatch
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.utils.flop_counter import flop_registry
 
@@ -224,7 +246,7 @@ def test_flops_do_not_depend_on_what_torch_knows_of_cpu_attention(
         aten._scaled_dot_product_flash_attention_for_cpu_backward,
     ):
         monkeypatch.delitem(flop_registry, op, raising=False)
-    assert count_flops(model, 11) == expected_flops(11)
+    assert count_flops(smi.SparseModel(vit), 11) == expected_flops(11)
 
 
 def test_counting_leaves_no_gradient_and_no_state(vit: nn.Module, model: smi.SparseModel) -> None:

@@ -185,6 +185,11 @@ class SparseModel:
             merge_to=merge_to,
         )
 
+    @property
+    def merging_to(self) -> float | None:
+        """`merge_to` as it is now: 1 within `unmerged`."""
+        return None if self._merging is None else self._merging.merge_to
+
     @contextlib.contextmanager
     def unmerged(self) -> Iterator[None]:
         """Inside, no tokens are merged: this is the network itself that speaks."""
