@@ -49,6 +49,7 @@ finally:
 
 Observer = Literal["minmax", "percentile", "mse"]
 KINDS = ("first", "embed", "norm", "linear", "scores", "softmax", "context", "activation", "residual", "scale", "head")
+_WITH_WEIGHTS = {"first", "head"}  # kinds that spare the weights of their layers, too
 BITS = range(2, 9)
 _ANNOTATION = "quantization_annotation"  # the key under which PT2E looks
 
@@ -193,7 +194,7 @@ class VitQuantizer(Quantizer):
         self.sites, self.weights = list(self._at.values()), []
         for node in model.graph.nodes:
             inputs: dict[Node, Any] = {}
-            if node.target in _WEIGHTED and _layer_kind(node) not in scheme.skip:
+            if node.target in _WEIGHTED and not {_layer_kind(node)} & {*scheme.skip} & _WITH_WEIGHTS:
                 inputs[node.args[1]] = weight
                 self.weights.append(str(node.args[1].target).removeprefix("vit."))
             if inputs or node in self._at:

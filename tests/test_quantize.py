@@ -132,6 +132,7 @@ def test_a_twelve_block_deit_has_127_published_sites_and_12_softmax_outputs() ->
         (("head",), 27, 9),
         (("first",), 27, 9),
         (("first", "head"), 25, 8),
+        (("linear",), 23, 10),
     ],
 )
 def test_kinds_can_be_skipped(model: Any, skip: tuple[str, ...], sites: int, weights: int) -> None:
