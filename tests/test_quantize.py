@@ -292,6 +292,17 @@ def test_searched_ranges(bits: int) -> None:
     assert (found[1] < 20) is (bits == 4), "few levels are worth more in the middle"
 
 
+@pytest.mark.parametrize("observer", [PercentileObserver, MseObserver])
+def test_more_values_than_float32_counts_one_by_one_are_all_counted(observer: Any) -> None:
+    """As many as attention of large images has near 0, and one in a thousand far from it."""
+    values = torch.zeros(2**24 + 2**23)
+    values[::1000] = torch.linspace(0.5, 1, len(values[::1000]))
+    one = observer(dtype=torch.uint8, quant_min=0, quant_max=255)
+    assert one(values) is values
+    assert float(one.histogram.double().sum()) == pytest.approx(len(values), rel=1e-6)
+    assert (float(one.min_val), float(one.max_val)) == (0, 1)
+
+
 # --- the network ---
 
 
