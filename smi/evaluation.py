@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from smi.errors import SmiError, did_you_mean
+from smi.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +117,7 @@ def evaluate_together(
     done, began = 0, time.perf_counter()
     with contextlib.ExitStack() as modes, torch.no_grad():
         for model, _ in pairs:
-            modes.enter_context(_evaluating(model))
+            modes.enter_context(evaluating(model))
         for number, batches in enumerate(zip(*loaders, strict=True)):
             labels = batches[0][1]
             if not all(torch.equal(labels, others) for _, others in batches):
@@ -168,19 +169,6 @@ class _Tally:
 
     def evaluation(self, images: int, seconds: float) -> Evaluation:
         return Evaluation(images, self._classes, self._first / images, self._among / images, self._inside, seconds)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A module is in evaluation mode for the while."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -54,6 +54,17 @@ def test_training_mode_comes_back() -> None:
     assert model.training
 
 
+def test_parts_in_other_modes_than_the_whole_stay_in_them() -> None:
+    """Frozen batch norms in a network that is trained; dropout that acts in one that is not."""
+    data = numbers([0] * 50, [0] * 50, [1] * 50)
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(6))
+    for modes in ([True, True, False], [False, True, False]):
+        for part, training in zip(model.modules(), modes, strict=True):
+            part.training = training
+        assert smi.evaluate(model, data).top1 == 1.0
+        assert [part.training for part in model.modules()] == modes
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
