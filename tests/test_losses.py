@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -248,6 +249,17 @@ def test_head_similarity_is_the_mean_over_pairs_of_heads(
                     values += [1 - ssim(a, b) for a, b in zip(heads[i], heads[j], strict=True)]
         assert found[image].item() == pytest.approx(sum(values) / len(values), rel=1e-9)
     check_gradient(objective, sparse)
+
+
+@pytest.mark.parametrize("make", [losses.patch_similarity_entropy, losses.head_similarity])
+def test_where_tokens_are_merged_those_that_are_left_are_patches(
+    model: nn.Module, sparse: SparseModel, make: Callable[..., Objective]
+) -> None:
+    """Fewer than were fed, and the class token is none of them."""
+    objective = make(model, blocks=[1])
+    few = seen(objective, sparse, pixels(), KEEP)
+    merged = dataclasses.replace(few, keep=torch.arange(N).expand(2, -1))
+    torch.testing.assert_close(objective.function(merged), objective.function(few), rtol=0, atol=0)
 
 
 # --- on images ---
