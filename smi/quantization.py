@@ -143,6 +143,8 @@ class Quantized:
                 "" if overwrite else ", or replace an earlier quantization with overwrite"
             )
             raise SmiError(f"{str(out)!r} already exists; {mend}.")
+        if out.is_symlink():
+            raise SmiError(f"{str(out)!r} is a link, which is not replaced; name the folder that it leads to.")
         with writing(out, self.float_bytes * (2 if onnx else 1)):
             temp = temp_folder(out)
             try:

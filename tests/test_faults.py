@@ -292,6 +292,12 @@ def test_a_full_disk_leaves_the_older_quantization_whole(tmp_path: Path, monkeyp
         messages.append(message)
     assert messages and {file.read_text() for file in out.iterdir()} == {"new"}
 
+    link = disk / "link"
+    link.symlink_to(out)
+    with pytest.raises(smi.SmiError, match=r"link' is a link, which is not replaced; name the folder"):
+        quantized.save(link, overwrite=True)
+    assert sorted(os.listdir(disk)) == ["link", "out"] and link.is_symlink()
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
