@@ -157,9 +157,10 @@ class _Tally:
         if logits.ndim != 2 or len(logits) != len(labels):
             raise SmiError(f"the model gives {tuple(logits.shape)}; expected ({len(labels)}, classes) logits.")
         self._classes = classes = logits.shape[1]
-        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        strange = labels[(labels < 0) | (labels >= classes)]
+        if len(strange):
             raise SmiError(
-                f"the data set has a label {int(labels.max())}, the model has classes 0 to {classes - 1}; "
+                f"the data set has a label {int(strange[0])}, the model has classes 0 to {classes - 1}; "
                 f"use a data set of the model's own classes."
             )
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
