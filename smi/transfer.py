@@ -285,7 +285,16 @@ def _epoch(
             done = (number + step / len(steps)) / config.epochs
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * 0.5 * (1 + math.cos(math.pi * done))
-            loss = divergence(feed(lessons, chosen, device), lessons.logits[chosen].to(device), config.temperature)
+            try:
+                logits = feed(lessons, chosen, device)
+            except ValueError as error:  # of a batch norm that sees one value
+                if len(chosen) > 1:
+                    raise
+                raise SmiError(
+                    f"the student cannot be trained on a single image, the last of {len(lessons.taught)} in batches of "
+                    f"{config.batch_size}: {error}. Use another batch_size."
+                ) from error
+            loss = divergence(logits, lessons.logits[chosen].to(device), config.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -323,6 +323,9 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
         teach(tiny(num_classes=CLASSES, patch_size=8), pool, tmp_path, TransferConfig(tokens="kept"))
     with pytest.raises(smi.SmiError, match=r"32 images, of which a share of 0.01 held out leaves 0"):
         teach(student(), pool, tmp_path, TransferConfig(holdout=0.01))
+    one_left = TransferConfig(epochs=1, batch_size=14, mode="finetune")
+    with pytest.raises(smi.SmiError, match=r"a single image, the last of 29 in batches of 14: .*another batch_size"):
+        teach(timm.create_model("resnet10t", num_classes=CLASSES), pool, tmp_path, one_left)
     with pytest.raises(smi.SmiError, match=r"no classifier to train alone; use mode='finetune'"):
         teach(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, CLASSES)), pool, tmp_path)
 
