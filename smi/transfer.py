@@ -238,10 +238,11 @@ def _try_out(student: nn.Module, info: ModelInfo, device: torch.device) -> None:
         with torch.no_grad():
             student(torch.zeros(1, *info.input_size, device=device))
     except (RuntimeError, AssertionError) as error:
-        size = " x ".join(map(str, info.input_size[1:]))
+        channels, *size = info.input_size
         raise SmiError(
-            f"the student does not take images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
-            f"Create it with img_size={info.input_size[1]} (--img-size)."
+            f"the student does not take images of {' x '.join(map(str, size))} pixels in {channels} channels: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Create it with img_size={size[0]} (--img-size) and "
+            f"in_chans={channels}."
         ) from error
 
 

@@ -315,8 +315,10 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
             TransferConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the images' teacher 5; .*--num-classes"):
         teach(tiny(num_classes=4), pool, tmp_path)
-    with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels: .*--img-size"):
+    with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels in 3 channels: .*--img-size"):
         teach(tiny(num_classes=CLASSES, img_size=32), pool, tmp_path)
+    with pytest.raises(smi.SmiError, match=r"in 3 channels: .*expected input.* to have 1 channels.*in_chans=3"):
+        teach(tiny(num_classes=CLASSES, in_chans=1), pool, tmp_path)
     with pytest.raises(
         smi.SmiError, match=r"kept patches alone: its patches lie on a grid of 2 x 2, the pool's on 4 x 4"
     ):
