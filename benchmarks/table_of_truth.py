@@ -140,7 +140,8 @@ class Bench:
     def _real(self, target: int, seed: int, number: int) -> Tensor:
         """A picture of class `target`: another one for every image number and seed."""
         folder = self.dataset(self.real, data_config(self.network), keep=False)
-        own = [place for place, label in enumerate(folder.targets) if label == target]
+        labelled = folder.target_transform or int  # the targets are numbered as folders are, not as classes
+        own = [place for place, label in enumerate(folder.targets) if labelled(label) == target]
         draw = torch.randperm(len(own), generator=torch.Generator().manual_seed(1_000_003 * seed + target))
         image: Tensor = folder[own[int(draw[number // self.model.info.num_classes])]][0]
         return image
