@@ -106,6 +106,14 @@ def test_real_images_are_of_their_class_where_folders_sort_otherwise(truth: list
         assert any(own) is (name == CLASSES[-3])
 
 
+def test_real_images_are_none_of_a_data_sets_test_images(
+    truth: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, table_of_truth, *truth, "--real", "cifar10:data")
+    assert "would be the test images of that data set" in capsys.readouterr().err
+
+
 def test_a_quantized_cell_is_the_accuracy_of_a_network_calibrated_on_the_pool(truth: list[object]) -> None:
     pytest.importorskip("torchao")
     from smi.calibration import from_pool
