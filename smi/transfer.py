@@ -345,7 +345,9 @@ def _best(curve: list[Epoch]) -> int:
 
 
 def _plain(student: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    state = student.state_dict().items()
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
 
 
 def _identity(source: Stored | Live, config: TransferConfig, name: str, student: nn.Module, fed: str) -> dict[str, Any]:

@@ -189,6 +189,26 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> N
     assert again.curve == whole.curve
 
 
+def test_a_student_with_tied_weights_is_kept_and_goes_on(pool: Path, tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        torch.manual_seed(0)
+        first, second = nn.Linear(768, 768), nn.Linear(768, 768)
+        second.weight = first.weight
+        return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Linear(768, CLASSES))
+
+    config = TransferConfig(epochs=2, mode="finetune")
+    whole = teach(tied(), pool, tmp_path / "whole", config)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(tied(), pool, tmp_path / "parts", config, progress=stop)
+    assert teach(tied(), pool, tmp_path / "parts", config).curve == whole.curve
+    kept = load_file(tmp_path / "parts/student.safetensors")
+    assert torch.equal(kept["1.weight"], kept["3.weight"]) and same(kept, load_file(whole.path / "student.safetensors"))
+
+
 def test_images_of_one_trajectory_are_not_on_both_sides_of_the_split(tmp_path: Path) -> None:
     config = smi.Config(strategy="rebirth", division=4, iterations=8, batch_size=5, snapshots=0)
     plan = smi.WorkPlan.balanced(range(CLASSES), 40, 5, CLASSES, repeat=4)
