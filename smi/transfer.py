@@ -167,9 +167,8 @@ def teach(
         optimizer = _optimizer(_trained(student, config), config)
         remove_temps(out)
         curve = _resume(out, identity, student, optimizer)
-        if curve:  # a kill may have come between the state and the record of it
-            with writing(out):
-                atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+        if curve:  # a kill may have come between the state and what follows from it
+            _tell(out, student, curve, identity, config)
         for number in range(len(curve), config.epochs):
             epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
             curve.append(epoch)
@@ -329,14 +328,25 @@ def _keep(
     identity: dict[str, Any],
     config: TransferConfig,
 ) -> None:
-    """Write what the last epoch brought; the state comes after the best student, which it takes for written."""
+    """Write what the last epoch brought; the state comes first, for what follows from it can be written again.
+
+    Trained again after a kill, an epoch need not bring the same to the last bit on a GPU, nor the best student again.
+    """
+    state = _checkpoint(student, optimizer, curve, identity)
+    with writing(out, len(state)):
+        atomic_write(out / _LAST, state)
+    _tell(out, student, curve, identity, config)
+
+
+def _tell(
+    out: Path, student: nn.Module, curve: list[Epoch], identity: dict[str, Any], config: TransferConfig
+) -> None:
+    """Write `student`, who is that of the last epoch, if it is the best so far, and the record."""
     number = len(curve) - 1
     best = save(_plain(student), {"epoch": str(number)}) if _best(curve) == number else b""
-    state = _checkpoint(student, optimizer, curve, identity)
-    with writing(out, len(best) + len(state)):
+    with writing(out, len(best)):
         if best:
             atomic_write(out / _BEST, best)
-        atomic_write(out / _LAST, state)
         atomic_write(out / _RECORD, _record(identity, config, curve).encode())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small import one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import smi
 from smi.cli import app
 from smi.dataset import SyntheticDataset
+from smi.files import atomic_write
 from smi.lessons import Stored
 from smi.pool import Pool, PoolWriter
 from smi.run import run
@@ -187,6 +189,35 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> N
     assert record["epochs"] == 4 and record["teacher"] == "teacher" and len(record["curve"]) == 4
     again = teach(student(), pool, tmp_path / "parts", config, progress=lambda *_: pytest.fail("it was done"))
     assert again.curve == whole.curve
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_best_student_is_never_of_an_epoch_that_is_trained_again(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """On a GPU the epoch may bring something else the second time, and another student be the best."""
+    config = TransferConfig(epochs=2, batch_size=8, mode="finetune", learning_rate=3e-3)
+    whole = teach(student(), pool, tmp_path / "whole", config)
+    assert whole.best == 1
+    left = [3 + writes]  # three in the first epoch
+
+    def killed(path: Path, data: bytes) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        atomic_write(path, data)
+
+    monkeypatch.setattr("smi.transfer.atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        teach(student(), pool, tmp_path / "parts", config)
+    monkeypatch.undo()
+    with safe_open(tmp_path / "parts/student.safetensors", framework="pt") as file:
+        found = int(file.metadata()["epoch"])
+    again: list[int] = []
+    teach(student(), pool, tmp_path / "parts", config, progress=lambda number, _: again.append(number))
+    assert found not in again and again == [1] * (not writes)
+    for name in ("student.safetensors", "transfer.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_student_with_tied_weights_is_kept_and_goes_on(pool: Path, tmp_path: Path) -> None:
