@@ -107,7 +107,7 @@ class QuantizeOptions(ModelOptions):
         if self.fill is not None and self.pool is None:
             raise SmiError(f"--fill {self.fill} goes with --pool alone; leave it out.")
         if self.images is not None and self.noise is not None:
-            raise SmiError(f"--images {self.images} goes with --pool and --folder; --noise {self.noise} says it already.")
+            raise SmiError(f"--images {self.images} goes with --pool and --folder; --noise is a number already.")
         if self.out is None:
             raise SmiError("nowhere to write to; name a new folder with --out DIR.")
         if self.learning_rate is not None and self.refine is None:

@@ -338,9 +338,7 @@ def _keep(
     _tell(out, student, curve, identity, config)
 
 
-def _tell(
-    out: Path, student: nn.Module, curve: list[Epoch], identity: dict[str, Any], config: TransferConfig
-) -> None:
+def _tell(out: Path, student: nn.Module, curve: list[Epoch], identity: dict[str, Any], config: TransferConfig) -> None:
     """Write `student`, who is that of the last epoch, if it is the best so far, and the record."""
     number = len(curve) - 1
     best = save(_plain(student), {"epoch": str(number)}) if _best(curve) == number else b""
