@@ -44,6 +44,9 @@ class EvaluateOptions(ModelOptions):
     ] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
+    def __post_init__(self) -> None:
+        _without_backend(self.backend)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(ModelOptions):
@@ -114,6 +117,13 @@ class QuantizeOptions(ModelOptions):
             raise SmiError(f"--learning-rate {self.learning_rate:g} goes with --refine STEPS alone; leave it out.")
         if self.device not in ("auto", "cpu"):
             raise SmiError(f"device is {self.device!r}; quantization runs on the CPU alone, leave out --device.")
+        _without_backend(self.backend)
+
+
+def _without_backend(backend: str) -> None:
+    """Raises `SmiError` where one was given: networks are taken as timm runs them."""
+    if backend != "auto":
+        raise SmiError(f"--backend {backend} is for inversion, and nothing is inverted here; leave it out.")
 
 
 def evaluate(options: EvaluateOptions) -> None:

@@ -286,6 +286,7 @@ def test_command(call: Call, tmp_path: Path) -> None:  # noqa: F811
 def test_command_errors_are_one_line(call: Call, tmp_path: Path) -> None:  # noqa: F811
     for words, message in (
         (["evaluate"], "name the images with --data"),
+        (["evaluate", "--data", "x", "--backend", "cpu"], "--backend cpu is for inversion"),
         (["evaluate", "--data", "cifar10:/nowhere"], "Fetch it with --download"),
         (["evaluate", "--data", write_folder(tmp_path, ["a", "b"])], "has 2 classes, the model has 10"),
         (["evaluate", tmp_path / "none.pt2", "--data", "x"], "is not a quantized model"),

@@ -535,6 +535,7 @@ def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> 
         ([*out, "--noise", "8", "--pool", pool.path], "--pool and --noise to calibrate on"),
         ([*out, "--noise", "8", "--fill", "mean"], "--fill mean goes with --pool alone"),
         ([*out, "--noise", "8", "--images", "16"], "--images 16 goes with --pool and --folder"),
+        ([*out, "--noise", "8", "--backend", "cpu"], "--backend cpu is for inversion"),
         ([*out, "--noise", "8", "--device", "cuda"], "quantization runs on the CPU alone"),
         ([*out, "--noise", "3"], "3 images of noise are to calibrate"),
         ([*out, "--pool", tmp_path / "none"], "there is no pool"),
