@@ -29,7 +29,7 @@ class Evaluation:
 
     Attributes:
         images, classes: how many.
-        top1: share of the images whose label has the largest logit.
+        top1: share of the images whose label has the largest logit; never of those with a logit that is no number.
         top5: share whose label is among the five largest, or among all where there are fewer.
         model_seconds: in the network alone, from pixels on its device to logits.
         seconds: in all, reading and preparing images included.
@@ -164,6 +164,7 @@ class _Tally:
                 f"use a data set of the model's own classes."
             )
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        ranked &= ~logits.isnan().any(1)[:, None]  # which topk takes for the largest
         self._first += int(ranked[:, 0].sum())
         self._among += int(ranked.any(1).sum())
         self._inside += seconds

@@ -48,6 +48,15 @@ def test_fewer_than_five_classes_and_limit() -> None:
     assert (few.top1, few.top5) == (1 / 3, 1.0)
 
 
+def test_logits_that_are_no_numbers_are_never_right() -> None:
+    """All NaN, of which the label would be among the five largest of six, or one too many."""
+    data = numbers([0, 1, 2, 3, 4, 5], [5] * 6, [4] * 6)
+    assert smi.evaluate(lambda x: x, data).top5 > 0
+    for broken in (lambda x: x * torch.nan, lambda x: torch.cat((x[:, :5], x[:, 5:] * torch.nan), 1)):
+        found = smi.evaluate(broken, data)
+        assert (found.top1, found.top5) == (0, 0)
+
+
 def test_training_mode_comes_back() -> None:
     model = nn.Sequential(nn.Dropout(0.9)).train()
     assert smi.evaluate(model, numbers([0] * 50, [0] * 50, [1] * 50)).top1 == 1.0
