@@ -39,6 +39,7 @@ from smi.workers import Workers
 Mode = Literal["probe", "finetune"]
 Tokens = Literal["auto", "kept", "all"]
 Optimizer = Literal["adamw", "sgd"]
+_SEEDS = 2**43  # of which each has streams of its own for a million epochs
 _BEST, _LAST, _RECORD = "student.safetensors", "last.safetensors", "transfer.json"
 
 
@@ -60,7 +61,7 @@ class TransferConfig:
         weight_decay: of the optimizer; 1e-4 in the paper.
         temperature: T of the softened distributions.
         holdout: share of a pool's images that are never trained on; the best student is chosen by them.
-        seed: of the split, the order of images, and dropout.
+        seed: of the split, the order of images, and dropout; below 2^43.
     """
 
     mode: Mode = "probe"
@@ -92,6 +93,8 @@ class TransferConfig:
                 raise SmiError(f"{name} is {value}; expected a positive number.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise SmiError(f"weight_decay is {self.weight_decay}; expected 0 or a positive number.")
+        if abs(self.seed) >= _SEEDS:
+            raise SmiError(f"seed is {self.seed}; expected a number below {_SEEDS}.")
         if not 0 < self.holdout < 1:
             raise SmiError(f"holdout is {self.holdout}; expected a share between 0 and 1.")
 

@@ -361,6 +361,7 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
         ({"temperature": 0}, r"temperature is 0; expected a positive number"),
         ({"holdout": 1.0}, r"holdout is 1.0; expected a share between 0 and 1"),
         ({"epochs": 0}, r"epochs is 0; expected at least 1"),
+        ({"seed": 2**50}, r"seed is 1125899906842624; expected a number below 8796093022208"),
         ({"weight_decay": -0.1}, r"weight_decay is -0.1; expected 0 or a positive number"),
         ({"weight_decay": math.nan}, r"weight_decay is nan; expected 0 or a positive number"),
     ):
