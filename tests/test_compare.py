@@ -425,6 +425,22 @@ def test_options_say_what_is_compared(tmp_path: Path) -> None:
     assert CompareConfig().strategies == tuple(STRATEGIES)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--student", "resnet18"], "--student goes with --data"),
+        (["--student", "none", "--epochs", "3"], "--epochs goes with --data"),
+        (["--limit", "100"], "--limit goes with --data"),
+        (["--seeds", "1.7"], "--seeds is '1.7'; expected whole numbers"),
+        (["--num-images", "0"], "images is 0; expected at least 1"),
+        (["--data", "d", "--epochs", "0"], "epochs is 0; expected at least 1"),
+    ],
+)
+def test_options_are_used_or_refused(words: list[str], says: str, tmp_path: Path) -> None:
+    wrong = CliRunner().invoke(app, ["compare", *words, "--out", str(tmp_path / "out")])
+    assert wrong.exit_code == 2 and says in wrong.stderr, wrong.output
+
+
 def test_the_command_prints_the_page(tmp_path: Path) -> None:
     command = ["compare", "test_vit", "--no-pretrained", "--img-size", "64", "--num-classes", "10", "--device", "cpu"]
     command += ["--quick", "--set", "iterations=80", "--set", "prune_at=20,40", "--set", "prune_ratio=.3,.3"]
