@@ -468,6 +468,7 @@ def test_what_cannot_be_is_refused(model: nn.Module, sparse: SparseModel) -> Non
     refused("cutoff is 0.8", lambda: losses.low_pass(0.8))
     refused("no BatchNorm2d", lambda: losses.batch_norm_statistics(model, info))
     refused("mean of ConvNet has 1", lambda: losses.adversarial(ConvNet(), info, mean=(0.5,)))
+    refused(r"size is \(0, 8\)", lambda: losses.adversarial(ConvNet(), info, size=(0, 8)))
     refused("bandwidth is 0.01", lambda: losses.patch_similarity_entropy(model, bandwidth=0.01))
     refused("block 2 does not exist", lambda: losses.head_similarity(model, blocks=[2]))
     refused("only one", lambda: losses.head_similarity(tiny(num_heads=1)))
