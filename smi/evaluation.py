@@ -303,13 +303,17 @@ def data_transform(config: dict[str, Any]) -> Callable[[Any], Tensor]:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model, as JSON can hold it; the size is what the model was built for."""
+    """timm's data config of a model, as JSON can hold it; size and channels are those that the model was built for."""
     from timm.data import resolve_model_data_config
+
+    from smi.adapters.timm import for_channels
 
     config = resolve_model_data_config(model)
     embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
-        config["input_size"] = (embed.proj.in_channels, *embed.img_size)
+        channels = embed.proj.in_channels
+        config["input_size"] = (channels, *embed.img_size)
+        config |= {key: tuple(for_channels(config[key], channels)) for key in ("mean", "std")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 

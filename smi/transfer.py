@@ -26,6 +26,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smi.adapters.timm import for_channels
 from smi.adapters.timm_feed import TokenFeed
 from smi.dataset import Fill
 from smi.devices import resolve_device
@@ -192,7 +193,7 @@ class _Feed:
         card = resolve_model_data_config(student)
         theirs = [torch.tensor(pair).view(-1, 1, 1) for pair in (info.mean, info.std)]
         channels = len(info.mean)
-        ours = [torch.tensor(card[key][:channels]).view(-1, 1, 1) for key in ("mean", "std")]
+        ours = [torch.tensor(for_channels(card[key], channels)).view(-1, 1, 1) for key in ("mean", "std")]
         # Of the same pixels: one network's normalisation undone, the other's done.
         self._factor, self._shift = theirs[1] / ours[1], (theirs[0] - ours[0]) / ours[1]
         self._student, self._slot = student, slot

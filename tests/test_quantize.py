@@ -171,6 +171,19 @@ def test_relatives_of_the_plain_model(options: dict[str, Any]) -> None:
         assert {"blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.ls1", "blocks.0.ls2"} <= names
 
 
+def test_a_model_of_one_channel_is_read_again(tmp_path: Path) -> None:
+    """Of which timm's data config has three means."""
+    model = tiny(depth=1, in_chans=1)
+    info = SparseModel(model, backend="reference").info
+    made = smi.quantize(model, from_noise(info, images=8))
+    made.save(tmp_path / "q")
+    again = smi.load_quantized(tmp_path / "q")
+    assert again.info == info and tuple(again.data["mean"]) == info.mean and tuple(again.data["std"]) == info.std
+    images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(again(images), made.model(images))
+
+
 def test_a_distilled_model_quantizes_both_heads() -> None:
     quantizer = VitQuantizer(Scheme())
     tokens = TokenModel(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=3))

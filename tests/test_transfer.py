@@ -118,6 +118,18 @@ def test_other_networks_see_the_filled_image_in_their_own_normalisation(pool: Pa
     torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_student_of_one_channel_sees_what_its_teacher_does(tmp_path: Path) -> None:
+    teacher = smi.SparseModel(tiny(num_classes=CLASSES, in_chans=1), name="teacher")
+    run(teacher, smi.WorkPlan.balanced(range(CLASSES), 10, 10, CLASSES), MEANWHILE, tmp_path / "pool")
+    seen: list[Tensor] = []
+    model = tiny(num_classes=CLASSES, in_chans=1, depth=1)
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teach(model, tmp_path / "pool", tmp_path / "out", TransferConfig(epochs=1, holdout=0.1, fill="as-is"))
+    hook.remove()
+    held = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:1]
+    torch.testing.assert_close(seen[-1], Pool(tmp_path / "pool").load(0).images[held], rtol=1e-5, atol=1e-6)
+
+
 def test_however_it_ends_the_student_is_fed_and_trainable_as_it_came(pool: Path, tmp_path: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
