@@ -239,7 +239,7 @@ def _feeding(student: nn.Module, info: ModelInfo, config: TransferConfig, device
 def _try_out(student: nn.Module, info: ModelInfo, device: torch.device) -> None:
     try:
         with torch.no_grad():
-            student(torch.zeros(1, *info.input_size, device=device))
+            logits: Any = student(torch.zeros(1, *info.input_size, device=device))
     except (RuntimeError, AssertionError) as error:
         channels, *size = info.input_size
         raise SmiError(
@@ -247,6 +247,12 @@ def _try_out(student: nn.Module, info: ModelInfo, device: torch.device) -> None:
             f"{str(error).splitlines()[0].rstrip('.')}. Create it with img_size={size[0]} (--img-size) and "
             f"in_chans={channels}."
         ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, info.num_classes):
+        raise SmiError(
+            f"the student gives {shape} for an image; expected (1, {info.num_classes}), a logit for each class of the "
+            f"images' teacher."
+        )
 
 
 def _trained(student: nn.Module, config: TransferConfig) -> list[nn.Parameter]:

@@ -381,6 +381,9 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
             TransferConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the images' teacher 5; .*--num-classes"):
         teach(tiny(num_classes=4), pool, tmp_path)
+    for outputs in (1, 4):  # a single one would be broadcast against the teacher's
+        with pytest.raises(smi.SmiError, match=rf"the student gives \(1, {outputs}\) for an image; expected \(1, 5\)"):
+            teach(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, outputs)), pool, tmp_path, SHORT)
     with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels in 3 channels: .*--img-size"):
         teach(tiny(num_classes=CLASSES, img_size=32), pool, tmp_path)
     with pytest.raises(smi.SmiError, match=r"in 3 channels: .*expected input.* to have 1 channels.*in_chans=3"):
