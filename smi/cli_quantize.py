@@ -145,6 +145,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     names = [options.model, *([] if options.against is None else [options.against])]
     device = _device(options.device, any(map(is_quantized, names)))
+    _check_making(options, [name for name in names if not is_quantized(name)])
     pairs = []
     for name in names:
         model, config, classes, labels = _opened(replace(options, model=name), device)
@@ -176,6 +177,22 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.against is not None:
             values = [f"{value:>{max(11, len(name))}}" for name, value in zip(names, values, strict=True)]
         print(f"{row}   {'  '.join(values)} {after}".rstrip())
+
+
+def _check_making(options: EvaluateOptions, made: Sequence[str]) -> None:
+    """Raises `SmiError` where options of how a model is made have none to make, or a checkpoint is for either of two.
+
+    Args:
+        made: names of the models that are not read as they were quantized.
+    """
+    given = [name for name in ("checkpoint", "num_classes", "img_size", "no_pretrained") if getattr(options, name)]
+    if given and not made:
+        raise SmiError(f"a quantized model is complete in itself; leave out --{given[0].replace('_', '-')}.")
+    if options.checkpoint is not None and len(made) > 1:
+        raise SmiError(
+            f"--checkpoint {options.checkpoint} would be loaded into both {made[0]} and {made[1]}; evaluate them one "
+            f"after the other."
+        )
 
 
 def _device(wanted: str, quantized: bool) -> Any:

@@ -296,6 +296,8 @@ def test_command_errors_are_one_line(call: Call, tmp_path: Path) -> None:  # noq
     for words, message in (
         (["evaluate"], "name the images with --data"),
         (["evaluate", "--data", "x", "--backend", "cpu"], "--backend cpu is for inversion"),
+        (["evaluate", "a", "--against", "b", "--checkpoint", "c", "--data", "x"], "would be loaded into both a and b"),
+        (["evaluate", tmp_path / "q.pt2", "--no-pretrained", "--data", "x"], "leave out --no-pretrained"),
         (["evaluate", "--data", "cifar10:/nowhere"], "Fetch it with --download"),
         (["evaluate", "--data", write_folder(tmp_path, ["a", "b"])], "has 2 classes, the model has 10"),
         (["evaluate", tmp_path / "none.pt2", "--data", "x"], "is not a quantized model"),
