@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pools import INFO
 from small import CLASSES, one_thread, tiny  # noqa: F401
 from test_cli import Call, call  # noqa: F401
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from smi import embedded
 from smi.calibration import from_noise
 from smi.errors import SmiError
 from smi.evaluation import compiled, data_config, data_transform, evaluate_together, open_dataset
+from smi.export import _class_folders
 
 IDENTITY = torch.eye(6)
 
@@ -203,6 +206,12 @@ def test_folders_named_after_the_classes_are_taken_by_name(tmp_path: Path) -> No
         "great-shark": 2,
     }
     assert labels(open_dataset(str(folder), plain, num_classes=3)) == {"ant": 0, "great-shark": 1, "zebra": 2}
+    long = ("of the " * 12 + "zoo", "of the " * 12 + "ark", *(f"class {number}" for number in range(9)))
+    exported = _class_folders(dataclasses.replace(INFO, num_classes=11, class_names=long))
+    assert exported[0].endswith("-0") and len(exported[0]) > 60
+    named = write_folder(tmp_path / "long", exported)
+    found = labels(open_dataset(str(named), plain, num_classes=11, class_names=long))
+    assert found == {name: number for number, name in enumerate(exported)}
     many = write_folder(tmp_path / "many", [str(number) for number in range(11)])
     assert labels(open_dataset(str(many), plain, num_classes=11)) == {str(number): number for number in range(11)}
 
