@@ -34,7 +34,7 @@ from smi.calibration import from_pool
 from smi.config import preset_or_file
 from smi.devices import resolve_device
 from smi.errors import SmiError
-from smi.evaluation import data_config, data_transform, open_dataset
+from smi.evaluation import DATASETS, data_config, data_transform, open_dataset
 from smi.files import atomic_write
 from smi.flops import count_flops
 from smi.run import run
@@ -140,7 +140,8 @@ class Bench:
     def _real(self, target: int, seed: int, number: int) -> Tensor:
         """A picture of class `target`: another one for every image number and seed."""
         folder = self.dataset(self.real, data_config(self.network), keep=False)
-        own = [place for place, label in enumerate(folder.targets) if label == target]
+        labelled = folder.target_transform or int  # the targets are numbered as folders are, not as classes
+        own = [place for place, label in enumerate(folder.targets) if labelled(label) == target]
         draw = torch.randperm(len(own), generator=torch.Generator().manual_seed(1_000_003 * seed + target))
         image: Tensor = folder[own[int(draw[number // self.model.info.num_classes])]][0]
         return image
@@ -280,7 +281,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder for pools, students and finished cells")
     parser.add_argument("--test", required=True, help="as --data of smi evaluate")
-    parser.add_argument("--real", help="likewise, images to take in place of synthetic ones; default: no such row")
+    parser.add_argument("--real", help="folder of classes to take in place of synthetic images; default: no such row")
     parser.add_argument("--model", default="embedded:teacher")
     parser.add_argument("--no-pretrained", action="store_true")
     parser.add_argument("--student", help="timm name; default, for CIFAR-10: the embedded teacher's own")
@@ -300,6 +301,8 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
+    if args.real and args.real.partition(":")[0] in DATASETS:
+        parser.error(f"--real {args.real} would be the test images of that data set; name a folder of its others")
     bench = Bench(args)
     if not args.student and (bench.model.info.input_size, bench.model.info.num_classes) != ((3, 32, 32), 10):
         parser.error("name a --student: the embedded ones know ten classes of 32 x 32 pixels")

@@ -106,6 +106,9 @@ class CompareOptions(ModelOptions):
     def __post_init__(self) -> None:
         if self.judge_checkpoint is not None and self.judge is None:
             raise SmiError("--judge-checkpoint goes with --judge; name its architecture.")
+        given = [name for name in ("limit", "student", "epochs") if getattr(self, name) not in (None, "none")]
+        if given and self.data is None:
+            raise SmiError(f"--{given[0]} goes with --data, of which accuracies are taken; name test images, too.")
 
     def load_judge(self, model: SparseModel) -> Any:
         """The network that --judge names, where `model` is; None without one."""
@@ -132,9 +135,9 @@ class CompareOptions(ModelOptions):
         return CompareConfig(
             strategies=names,
             equal=self.equal,  # type: ignore[arg-type]  # checked there
-            images=self.num_images or (40 if self.quick else 80),
+            images=(40 if self.quick else 80) if self.num_images is None else self.num_images,
             points=tuple(map(float, parse_numbers("--points", self.points or (".5,1" if self.quick else ".25,.5,1")))),
-            seeds=tuple(map(int, parse_numbers("--seeds", self.seeds))),
+            seeds=_whole("--seeds", self.seeds),
             classes=None if self.classes is None else tuple(parse_classes(self.classes, info)),
             fill=self.fill,  # type: ignore[arg-type]
             weights=weights,
@@ -162,8 +165,16 @@ class CompareOptions(ModelOptions):
         """From random weights, so everything is trained."""
         from smi.transfer import TransferConfig
 
-        epochs = self.epochs or (5 if self.quick else 120)
+        epochs = (5 if self.quick else 120) if self.epochs is None else self.epochs
         return TransferConfig(mode="finetune", epochs=epochs, batch_size=32, learning_rate=1e-3, weight_decay=0.05)
+
+
+def _whole(option: str, text: str) -> tuple[int, ...]:
+    """``1,2`` as numbers that are whole."""
+    numbers = parse_numbers(option, text)
+    if not all(isinstance(number, int) for number in numbers):
+        raise SmiError(f"{option} is {text!r}; expected whole numbers, e.g. 1,2,3.")
+    return tuple(map(int, numbers))
 
 
 def compare(options: CompareOptions) -> None:

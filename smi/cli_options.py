@@ -110,8 +110,7 @@ class ModelOptions:
 
         from smi.models import load_model
 
-        if self.no_pretrained:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)  # in any case: of other classes than published, a head is random
         return load_model(
             self.model,
             checkpoint=self.checkpoint,

@@ -44,6 +44,9 @@ class EvaluateOptions(ModelOptions):
     ] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
+    def __post_init__(self) -> None:
+        _without_backend(self.backend)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(ModelOptions):
@@ -106,12 +109,21 @@ class QuantizeOptions(ModelOptions):
             raise SmiError(f"{said} to calibrate on; give exactly one of --pool POOL, --folder FOLDER and --noise N.")
         if self.fill is not None and self.pool is None:
             raise SmiError(f"--fill {self.fill} goes with --pool alone; leave it out.")
+        if self.images is not None and self.noise is not None:
+            raise SmiError(f"--images {self.images} goes with --pool and --folder; --noise is a number already.")
         if self.out is None:
             raise SmiError("nowhere to write to; name a new folder with --out DIR.")
         if self.learning_rate is not None and self.refine is None:
             raise SmiError(f"--learning-rate {self.learning_rate:g} goes with --refine STEPS alone; leave it out.")
         if self.device not in ("auto", "cpu"):
             raise SmiError(f"device is {self.device!r}; quantization runs on the CPU alone, leave out --device.")
+        _without_backend(self.backend)
+
+
+def _without_backend(backend: str) -> None:
+    """Raises `SmiError` where one was given: networks are taken as timm runs them."""
+    if backend != "auto":
+        raise SmiError(f"--backend {backend} is for inversion, and nothing is inverted here; leave it out.")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -133,6 +145,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     names = [options.model, *([] if options.against is None else [options.against])]
     device = _device(options.device, any(map(is_quantized, names)))
+    _check_making(options, [name for name in names if not is_quantized(name)])
     pairs = []
     for name in names:
         model, config, classes, labels = _opened(replace(options, model=name), device)
@@ -164,6 +177,22 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.against is not None:
             values = [f"{value:>{max(11, len(name))}}" for name, value in zip(names, values, strict=True)]
         print(f"{row}   {'  '.join(values)} {after}".rstrip())
+
+
+def _check_making(options: EvaluateOptions, made: Sequence[str]) -> None:
+    """Raises `SmiError` where options of how a model is made have none to make, or a checkpoint is for either of two.
+
+    Args:
+        made: names of the models that are not read as they were quantized.
+    """
+    given = [name for name in ("checkpoint", "num_classes", "img_size", "no_pretrained") if getattr(options, name)]
+    if given and not made:
+        raise SmiError(f"a quantized model is complete in itself; leave out --{given[0].replace('_', '-')}.")
+    if options.checkpoint is not None and len(made) > 1:
+        raise SmiError(
+            f"--checkpoint {options.checkpoint} would be loaded into both {made[0]} and {made[1]}; evaluate them one "
+            f"after the other."
+        )
 
 
 def _device(wanted: str, quantized: bool) -> Any:

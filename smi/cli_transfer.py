@@ -63,7 +63,10 @@ class TransferOptions(ModelOptions):
     ] = None
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of the optimizer.")] = 0.0
     temperature: Annotated[float, typer.Option("--temperature", help="Of the softened distributions.")] = 20.0
-    holdout: Annotated[float, typer.Option("--holdout", help="Share of a pool that chooses the student.")] = 0.1
+    holdout: Annotated[
+        float | None,
+        typer.Option("--holdout", help="Share of a pool that chooses the student. Default: 0.1.", show_default=False),
+    ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of split, order, dropout and random weights.")] = 0
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
@@ -73,6 +76,12 @@ class TransferOptions(ModelOptions):
         given = [name for name in ("teacher_checkpoint", "teacher_classes", "inversion") if getattr(self, name)]
         if given and self.teacher is None:
             raise SmiError(f"--{given[0].replace('_', '-')} goes with --teacher; a pool has been made already.")
+        if self.backend != "auto" and self.teacher is None:
+            raise SmiError(f"--backend {self.backend} goes with --teacher, which it inverts; leave it out.")
+        if self.holdout is not None and self.teacher is not None:
+            raise SmiError(
+                f"--holdout {self.holdout:g} goes with --pool; of images made meanwhile the first batch is held out."
+            )
 
     def make_synthesis(self, on_iteration: Any) -> Synthesis:
         """The teacher, ready to be inverted, and how. Raises `SmiError` as `smi invert` does."""
@@ -123,7 +132,7 @@ def transfer(options: TransferOptions) -> None:
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         temperature=options.temperature,
-        holdout=options.holdout,
+        holdout=TransferConfig.holdout if options.holdout is None else options.holdout,
         seed=options.seed,
     )
     student = options.build(options.seed)

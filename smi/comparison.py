@@ -218,6 +218,8 @@ class Comparison:
         if self.judge is not None:
             classify(self.judge, torch.zeros(1, *info.input_size), info)
         if self.student is not None:
+            for seed in self.how.seeds:
+                dataclasses.replace(self.lesson, seed=seed)
             classes = getattr(self._new_student(0), "num_classes", info.num_classes)
             if classes != info.num_classes:
                 raise SmiError(f"the student has {classes} classes, the model {info.num_classes}; make one of as many.")

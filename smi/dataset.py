@@ -19,6 +19,7 @@ from smi.pool import Pool
 from smi.state import ModelInfo, Result
 
 Fill = Literal["black", "mean", "noise", "as-is"]
+_MAPPED = 16384  # shards at a time; Linux lets a process map 65530 files unless told otherwise
 
 
 class SyntheticDataset(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
@@ -45,7 +46,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         self.pool = open_filled(pool, fill)
         self.fill: Fill = fill
         self.transform = transform
-        # Of a folder of shards, and unbounded, because they are memory-mapped: what it holds is address space.
+        # Of a folder of shards, which are memory-mapped: what it holds is address space.
         self._open: dict[int, Result] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,6 +67,8 @@ class SyntheticDataset(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         at = bisect_right(self.pool.ends, item)
         batch = self.pool.batches[at]
         if batch not in self._open:
+            while len(self._open) >= _MAPPED:
+                del self._open[next(iter(self._open))]
             self._open[batch] = self.pool.load(batch)
         return self._open[batch], item - (self.pool.ends[at - 1] if at else 0)
 

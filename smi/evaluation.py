@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from smi.errors import SmiError, did_you_mean
+from smi.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ class Evaluation:
 
     Attributes:
         images, classes: how many.
-        top1: share of the images whose label has the largest logit.
+        top1: share of the images whose label has the largest logit; never of those with a logit that is no number.
         top5: share whose label is among the five largest, or among all where there are fewer.
         model_seconds: in the network alone, from pixels on its device to logits.
         seconds: in all, reading and preparing images included.
@@ -116,7 +117,7 @@ def evaluate_together(
     done, began = 0, time.perf_counter()
     with contextlib.ExitStack() as modes, torch.no_grad():
         for model, _ in pairs:
-            modes.enter_context(_evaluating(model))
+            modes.enter_context(evaluating(model))
         for number, batches in enumerate(zip(*loaders, strict=True)):
             labels = batches[0][1]
             if not all(torch.equal(labels, others) for _, others in batches):
@@ -156,31 +157,20 @@ class _Tally:
         if logits.ndim != 2 or len(logits) != len(labels):
             raise SmiError(f"the model gives {tuple(logits.shape)}; expected ({len(labels)}, classes) logits.")
         self._classes = classes = logits.shape[1]
-        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        strange = labels[(labels < 0) | (labels >= classes)]
+        if len(strange):
             raise SmiError(
-                f"the data set has a label {int(labels.max())}, the model has classes 0 to {classes - 1}; "
+                f"the data set has a label {int(strange[0])}, the model has classes 0 to {classes - 1}; "
                 f"use a data set of the model's own classes."
             )
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        ranked &= ~logits.isnan().any(1)[:, None]  # which topk takes for the largest
         self._first += int(ranked[:, 0].sum())
         self._among += int(ranked.any(1).sum())
         self._inside += seconds
 
     def evaluation(self, images: int, seconds: float) -> Evaluation:
         return Evaluation(images, self._classes, self._first / images, self._among / images, self._inside, seconds)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A module is in evaluation mode for the while."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def compiled(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -296,8 +286,10 @@ def _label_by_name(folder: Any, num_classes: int, class_names: Sequence[str]) ->
 
     names = [slug(name) for name in class_names] or [str(number) for number in range(num_classes)]
     ways = (names, [f"{name}-{number}".lstrip("-") for number, name in enumerate(names)])
-    mine = [slug(name) for name in folder.classes]
     for way in ways:
+        mine = [
+            name if name in way else slug(name) for name in folder.classes
+        ]  # slugs are cut, numbers behind them too
         if len(set(way)) == len(way) and set(mine) == set(way):
             label = {number: way.index(name) for number, name in enumerate(mine)}
             folder.target_transform = label.__getitem__
@@ -313,13 +305,17 @@ def data_transform(config: dict[str, Any]) -> Callable[[Any], Tensor]:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model, as JSON can hold it; the size is what the model was built for."""
+    """timm's data config of a model, as JSON can hold it; size and channels are those that the model was built for."""
     from timm.data import resolve_model_data_config
+
+    from smi.adapters.timm import for_channels
 
     config = resolve_model_data_config(model)
     embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
-        config["input_size"] = (embed.proj.in_channels, *embed.img_size)
+        channels = embed.proj.in_channels
+        config["input_size"] = (channels, *embed.img_size)
+        config |= {key: tuple(for_channels(config[key], channels)) for key in ("mean", "std")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,9 @@ def export_pool(
             )
     # Eight-bit pictures are packed, of which the raw size is a bound.
     room = len(pool) * math.prod(pool.info.input_size) * (1 if format == "imagefolder" else 4)
-    with writing(out, room):
-        temp = temp_folder(out)
-        try:
-            (_write_imagefolder if format == "imagefolder" else _write_npy)(pool, temp, fill)
-            put_folder(temp, out)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+    with writing(out, room), temp_folder(out) as temp:
+        (_write_imagefolder if format == "imagefolder" else _write_npy)(pool, temp, fill)
+        put_folder(temp, out, replace=overwrite)
     return out
 
 

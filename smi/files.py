@@ -15,6 +15,11 @@ from pathlib import Path
 
 from smi.errors import SmiError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 TEMP = re.compile(r"\.smi-tmp-[0-9a-f]{8}-.+")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -94,9 +99,20 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def put_folder(temp: Path, out: Path) -> None:
-    """Rename `temp` to `out`; what was there goes only when the new one is in its place."""
-    if out.exists():
+def put_folder(temp: Path, out: Path, *, replace: bool = True) -> None:
+    """Rename `temp` to `out`; what was there goes only when the new one is in its place, and then if `replace`.
+
+    Raises:
+        SmiError: there is a folder by now that is not to be replaced.
+    """
+    if not replace:
+        try:
+            os.rename(temp, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise SmiError(f"{str(out)!r} was made by another run meanwhile; choose another folder.") from None
+    elif out.exists():
         old = out.with_name(f".{out.name}.smi-old-{secrets.token_hex(4)}")
         os.rename(out, old)
         try:
@@ -109,19 +125,44 @@ def put_folder(temp: Path, out: Path) -> None:
     _remove_beside(out, "old")
 
 
-def temp_folder(out: Path) -> Path:
+@contextlib.contextmanager
+def temp_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` to fill for `put_folder`, after those that killed runs left there are removed."""
     _remove_beside(out, "tmp")
     temp = out.with_name(f".{out.name}.smi-tmp-{secrets.token_hex(4)}")
     os.makedirs(temp)
-    return temp
+    try:
+        with _locked(temp):
+            yield temp
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def _remove_beside(out: Path, kind: str) -> None:
     stale = re.compile(re.escape(f".{out.name}.smi-{kind}") + "(-[0-9a-f]{8})?")
     for name in os.listdir(out.parent) if out.parent.is_dir() else []:
         if stale.fullmatch(name):
-            shutil.rmtree(out.parent / name)
+            with _locked(out.parent / name) as free, contextlib.suppress(FileNotFoundError):
+                if free:
+                    shutil.rmtree(out.parent / name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else fills the folder, which is this process's for the while, where the system has such locks."""
+    free, handle = True, -1
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have none
+            handle = os.open(folder, os.O_RDONLY)
+            if fcntl is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    free = False
+        yield free
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 def read_bytes(file: Path, most: int) -> bytes:

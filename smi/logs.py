@@ -114,7 +114,8 @@ class Log:
             self._left.iteration(0 if self._loop else batch, loop.iteration, len(loop.indices))
         self._read, self._length = time.monotonic(), loop.config.iterations
         state = self._state(loop.model.device)
-        due = [t for t in range(self._logged + 1, loop.iteration + 1) if t % self._every == 0 or t == self._length]
+        last = loop.iteration if loop.done else self._length  # of a batch that converges an earlier one
+        due = [t for t in range(self._logged + 1, loop.iteration + 1) if t % self._every == 0 or t == last]
         self._write(
             [
                 {

@@ -308,6 +308,8 @@ class _View:
                     f"{name} of {type(network).__name__} has {len(values)} values; expected one for each of the "
                     f"{channels} channels. Give {name}=."
                 )
+        if size is not None and min(size) < 1:
+            raise SmiError(f"size is {tuple(size)}; expected height and width in pixels, such as (224, 224).")
         scale = [ours / other for ours, other in zip(info.std, theirs["std"], strict=True)]
         triples = zip(info.mean, theirs["mean"], theirs["std"], strict=True)
         shift = [(ours - other) / std for ours, other, std in triples]

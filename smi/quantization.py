@@ -14,7 +14,6 @@ import json
 import operator
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -143,13 +142,11 @@ class Quantized:
                 "" if overwrite else ", or replace an earlier quantization with overwrite"
             )
             raise SmiError(f"{str(out)!r} already exists; {mend}.")
-        with writing(out, self.float_bytes * (2 if onnx else 1)):
-            temp = temp_folder(out)
-            try:
-                record = self._write(temp, onnx)
-                put_folder(temp, out)
-            finally:
-                shutil.rmtree(temp, ignore_errors=True)
+        if out.is_symlink():
+            raise SmiError(f"{str(out)!r} is a link, which is not replaced; name the folder that it leads to.")
+        with writing(out, self.float_bytes * (2 if onnx else 1)), temp_folder(out) as temp:
+            record = self._write(temp, onnx)
+            put_folder(temp, out, replace=overwrite)
         return record
 
     def _write(self, folder: Path, onnx: bool) -> dict[str, Any]:

@@ -49,7 +49,9 @@ finally:
 
 Observer = Literal["minmax", "percentile", "mse"]
 KINDS = ("first", "embed", "norm", "linear", "scores", "softmax", "context", "activation", "residual", "scale", "head")
+_WITH_WEIGHTS = {"first", "head"}  # kinds that spare the weights of their layers, too
 BITS = range(2, 9)
+_COUNTED = 2**24  # values that one histogram takes in
 _ANNOTATION = "quantization_annotation"  # the key under which PT2E looks
 
 _aten = torch.ops.aten
@@ -105,6 +107,12 @@ class Site:
 
 class _SearchedObserver(HistogramObserver):
     """A histogram of 2048 bins, from which the range is taken by `search`."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        # torch.histc counts in float32, where 2^24 and one more are 2^24: attention of large images has more in a bin.
+        for part in x_orig.detach().reshape(-1).split(_COUNTED):
+            super().forward(part)
+        return x_orig
 
     def search(self, centers: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """(bins,) float64 values and how many there are -> smallest and largest that are represented."""
@@ -193,7 +201,7 @@ class VitQuantizer(Quantizer):
         self.sites, self.weights = list(self._at.values()), []
         for node in model.graph.nodes:
             inputs: dict[Node, Any] = {}
-            if node.target in _WEIGHTED and _layer_kind(node) not in scheme.skip:
+            if node.target in _WEIGHTED and not {_layer_kind(node)} & {*scheme.skip} & _WITH_WEIGHTS:
                 inputs[node.args[1]] = weight
                 self.weights.append(str(node.args[1].target).removeprefix("vit."))
             if inputs or node in self._at:

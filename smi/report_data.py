@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smi.dataset import Fill, fill_dropped, patch_mask
 from smi.errors import SmiError
+from smi.modes import evaluating
 from smi.pool import to_pixels
 from smi.rebirth import taken_at
 
@@ -327,17 +328,13 @@ def classify(judge: nn.Module, images: Tensor, info: ModelInfo) -> Tensor:
         SmiError: the judge does not take such images, or does not speak of the model's classes.
     """
     device = next((p.device for p in judge.parameters()), torch.device("cpu"))
-    training = judge.training
-    judge.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(judge), torch.inference_mode():
             logits = [judge(part.to(device)).cpu() for part in images.split(_JUDGE_BATCH)]
     except (RuntimeError, AssertionError) as error:
         shape = tuple(images.shape[1:])
         reason = str(error).splitlines()[0]
         raise SmiError(f"the judge fails on images of shape {shape}: {reason}. Give one that takes them.") from error
-    finally:
-        judge.train(training)
     if logits[0].shape[1:] != (info.num_classes,):
         raise SmiError(
             f"the judge returns {tuple(logits[0].shape[1:])} logits for an image, the model has {info.num_classes} "

@@ -46,11 +46,11 @@ def patch_similarity_entropy(
     numbers = _chosen(model, blocks)
     names = tuple(f"blocks.{number}.attn" for number in numbers)
     _attention_of(model, names)
+    prefix = _prefix(model)
 
     def term(context: Context) -> Tensor:
-        K = context.keep.shape[1]
         entropies = [
-            checkpoint(_entropy, context.features[name][:, -K:], bandwidth, use_reentrant=False) for name in names
+            checkpoint(_entropy, context.features[name][:, prefix:], bandwidth, use_reentrant=False) for name in names
         ]
         return -torch.stack(entropies).sum(0)
 
@@ -108,13 +108,13 @@ def head_similarity(model: nn.Module, *, blocks: Sequence[int] | None = None, we
     pairs = [tuple(f"blocks.{number}.attn.{part}" for part in parts) for number in numbers]
     scales = [float(attention.scale) for attention in modules]
 
+    prefix = _prefix(model)
+
     def term(context: Context) -> Tensor:
-        K = context.keep.shape[1]
         found = []
         for (query, key), scale in zip(pairs, scales, strict=True):
-            found.append(
-                checkpoint(_unlikeness, context.features[query], context.features[key], scale, K, use_reentrant=False)
-            )
+            tokens = context.features[query], context.features[key]
+            found.append(checkpoint(_unlikeness, *tokens, scale, prefix, use_reentrant=False))
         return torch.stack(found).mean(0)
 
     features = tuple(itertools.chain(*pairs))
@@ -123,22 +123,27 @@ def head_similarity(model: nn.Module, *, blocks: Sequence[int] | None = None, we
     )
 
 
-def _unlikeness(query: Tensor, key: Tensor, scale: float, K: int) -> Tensor:
-    """(B,) of (B, H, T, d) queries and keys, of whose tokens the last `K` are patches."""
+def _unlikeness(query: Tensor, key: Tensor, scale: float, prefix: int) -> Tensor:
+    """(B,) of (B, H, T, d) queries and keys, of whose tokens the first `prefix` are no patches."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scores = query[:, :, -K:].to(wide) @ key.to(wide).mT * scale
-    attention = scores.softmax(3)[..., -K:] * key.shape[2]
+    scores = query[:, :, prefix:].to(wide) @ key.to(wide).mT * scale
+    attention = scores.softmax(3)[..., prefix:] * key.shape[2]
     mean = attention.mean(3, keepdim=True)
     apart = attention - mean
     var = apart.square().mean(3)
     heads = torch.triu_indices(query.shape[1], query.shape[1], 1, device=query.device)
     first, second = heads[0], heads[1]
-    cov = torch.einsum("bhqk,bgqk->bhgq", apart, apart)[:, first, second] / K
+    cov = torch.einsum("bhqk,bgqk->bhgq", apart, apart)[:, first, second] / attention.shape[3]
     m_i, m_j = mean[:, first, :, 0], mean[:, second, :, 0]
     c_1, c_2 = 0.01**2, 0.03**2
     above = (2 * m_i * m_j + c_1) * (2 * cov + c_2)
     below = (m_i.square() + m_j.square() + c_1) * (var[:, first] + var[:, second] + c_2)
     return 1 - (above / below).mean((1, 2))
+
+
+def _prefix(model: Any) -> int:
+    """Tokens in front of the patches; of those there are fewer than were fed where tokens are merged inside."""
+    return int(getattr(model, "num_prefix_tokens", 1))
 
 
 def _chosen(model: nn.Module, blocks: Sequence[int] | None) -> list[int]:

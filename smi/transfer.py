@@ -26,6 +26,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smi.adapters.timm import for_channels
 from smi.adapters.timm_feed import TokenFeed
 from smi.dataset import Fill
 from smi.devices import resolve_device
@@ -39,6 +40,7 @@ from smi.workers import Workers
 Mode = Literal["probe", "finetune"]
 Tokens = Literal["auto", "kept", "all"]
 Optimizer = Literal["adamw", "sgd"]
+_SEEDS = 2**43  # of which each has streams of its own for a million epochs
 _BEST, _LAST, _RECORD = "student.safetensors", "last.safetensors", "transfer.json"
 
 
@@ -60,7 +62,7 @@ class TransferConfig:
         weight_decay: of the optimizer; 1e-4 in the paper.
         temperature: T of the softened distributions.
         holdout: share of a pool's images that are never trained on; the best student is chosen by them.
-        seed: of the split, the order of images, and dropout.
+        seed: of the split, the order of images, and dropout; below 2^43.
     """
 
     mode: Mode = "probe"
@@ -90,6 +92,10 @@ class TransferConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SmiError(f"{name} is {value}; expected a positive number.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise SmiError(f"weight_decay is {self.weight_decay}; expected 0 or a positive number.")
+        if abs(self.seed) >= _SEEDS:
+            raise SmiError(f"seed is {self.seed}; expected a number below {_SEEDS}.")
         if not 0 < self.holdout < 1:
             raise SmiError(f"holdout is {self.holdout}; expected a share between 0 and 1.")
 
@@ -165,9 +171,8 @@ def teach(
         optimizer = _optimizer(_trained(student, config), config)
         remove_temps(out)
         curve = _resume(out, identity, student, optimizer)
-        if curve:  # a kill may have come between the state and the record of it
-            with writing(out):
-                atomic_write(out / _RECORD, _record(identity, config, curve).encode())
+        if curve:  # a kill may have come between the state and what follows from it
+            _tell(out, student, curve, identity, config)
         for number in range(len(curve), config.epochs):
             epoch = _epoch(number, student, optimizer, source.lessons(number), feed, config, device)
             curve.append(epoch)
@@ -188,7 +193,7 @@ class _Feed:
         card = resolve_model_data_config(student)
         theirs = [torch.tensor(pair).view(-1, 1, 1) for pair in (info.mean, info.std)]
         channels = len(info.mean)
-        ours = [torch.tensor(card[key][:channels]).view(-1, 1, 1) for key in ("mean", "std")]
+        ours = [torch.tensor(for_channels(card[key], channels)).view(-1, 1, 1) for key in ("mean", "std")]
         # Of the same pixels: one network's normalisation undone, the other's done.
         self._factor, self._shift = theirs[1] / ours[1], (theirs[0] - ours[0]) / ours[1]
         self._student, self._slot = student, slot
@@ -234,13 +239,20 @@ def _feeding(student: nn.Module, info: ModelInfo, config: TransferConfig, device
 def _try_out(student: nn.Module, info: ModelInfo, device: torch.device) -> None:
     try:
         with torch.no_grad():
-            student(torch.zeros(1, *info.input_size, device=device))
+            logits: Any = student(torch.zeros(1, *info.input_size, device=device))
     except (RuntimeError, AssertionError) as error:
-        size = " x ".join(map(str, info.input_size[1:]))
+        channels, *size = info.input_size
         raise SmiError(
-            f"the student does not take images of {size} pixels: {str(error).splitlines()[0].rstrip('.')}. "
-            f"Create it with img_size={info.input_size[1]} (--img-size)."
+            f"the student does not take images of {' x '.join(map(str, size))} pixels in {channels} channels: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Create it with img_size={size[0]} (--img-size) and "
+            f"in_chans={channels}."
         ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, info.num_classes):
+        raise SmiError(
+            f"the student gives {shape} for an image; expected (1, {info.num_classes}), a logit for each class of the "
+            f"images' teacher."
+        )
 
 
 def _trained(student: nn.Module, config: TransferConfig) -> list[nn.Parameter]:
@@ -283,7 +295,16 @@ def _epoch(
             done = (number + step / len(steps)) / config.epochs
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * 0.5 * (1 + math.cos(math.pi * done))
-            loss = divergence(feed(lessons, chosen, device), lessons.logits[chosen].to(device), config.temperature)
+            try:
+                logits = feed(lessons, chosen, device)
+            except ValueError as error:  # of a batch norm that sees one value
+                if len(chosen) > 1:
+                    raise
+                raise SmiError(
+                    f"the student cannot be trained on a single image, the last of {len(lessons.taught)} in batches of "
+                    f"{config.batch_size}: {error}. Use another batch_size."
+                ) from error
+            loss = divergence(logits, lessons.logits[chosen].to(device), config.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -317,14 +338,23 @@ def _keep(
     identity: dict[str, Any],
     config: TransferConfig,
 ) -> None:
-    """Write what the last epoch brought; the state comes after the best student, which it takes for written."""
+    """Write what the last epoch brought; the state comes first, for what follows from it can be written again.
+
+    Trained again after a kill, an epoch need not bring the same to the last bit on a GPU, nor the best student again.
+    """
+    state = _checkpoint(student, optimizer, curve, identity)
+    with writing(out, len(state)):
+        atomic_write(out / _LAST, state)
+    _tell(out, student, curve, identity, config)
+
+
+def _tell(out: Path, student: nn.Module, curve: list[Epoch], identity: dict[str, Any], config: TransferConfig) -> None:
+    """Write `student`, who is that of the last epoch, if it is the best so far, and the record."""
     number = len(curve) - 1
     best = save(_plain(student), {"epoch": str(number)}) if _best(curve) == number else b""
-    state = _checkpoint(student, optimizer, curve, identity)
-    with writing(out, len(best) + len(state)):
+    with writing(out, len(best)):
         if best:
             atomic_write(out / _BEST, best)
-        atomic_write(out / _LAST, state)
         atomic_write(out / _RECORD, _record(identity, config, curve).encode())
 
 
@@ -333,7 +363,9 @@ def _best(curve: list[Epoch]) -> int:
 
 
 def _plain(student: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    state = student.state_dict().items()
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
 
 
 def _identity(source: Stored | Live, config: TransferConfig, name: str, student: nn.Module, fed: str) -> dict[str, Any]:

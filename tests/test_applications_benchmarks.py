@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from small import one_thread  # noqa: F401
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -92,6 +94,24 @@ def test_real_images_are_of_their_class_and_other_ones_for_another_seed(truth: l
         assert any(torch.equal(image, picture) for picture in theirs)
     with torch.no_grad():
         torch.testing.assert_close(one.logits, bench.network(one.images), rtol=1e-3, atol=1e-3)
+
+
+def test_real_images_are_of_their_class_where_folders_sort_otherwise(truth: list[object], pictures: Path) -> None:
+    bench = table_of_truth.Bench(table_of_truth.arguments().parse_args([str(value) for value in truth]))
+    bench.model.info = dataclasses.replace(bench.model.info, class_names=CLASSES[::-1])
+    image = bench._real(2, seed=1, number=0)
+    read = table_of_truth.data_transform(table_of_truth.data_config(bench.network))
+    for name in CLASSES:
+        own = [torch.equal(image, read(Image.open(file))) for file in (pictures / name).iterdir()]
+        assert any(own) is (name == CLASSES[-3])
+
+
+def test_real_images_are_none_of_a_data_sets_test_images(
+    truth: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, table_of_truth, *truth, "--real", "cifar10:data")
+    assert "would be the test images of that data set" in capsys.readouterr().err
 
 
 def test_a_quantized_cell_is_the_accuracy_of_a_network_calibrated_on_the_pool(truth: list[object]) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from smi.cli_progress import BarReporter, LineReporter, duration, size
 from smi.config import PRESETS, Config
 from smi.errors import SmiError
 from smi.state import ModelInfo, WorkPlan
+from smi.weights import weights_hash
 
 INFO = ModelInfo(
     name="m",
@@ -39,6 +41,22 @@ def test_demo_is_the_default_of_embedded_models_only() -> None:
     assert InvertOptions().make_config() == PRESETS["demo"].resolved()
     assert InvertOptions(model="vit_x").make_config() == PRESETS["paper-quant"].resolved()
     assert InvertOptions(preset="fast").make_config() == PRESETS["fast"].resolved()
+
+
+def test_a_fresh_head_on_published_weights_depends_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or an interrupted transfer could not go on: its student would be another one each time."""
+    create, published = timm.create_model, timm.create_model("resnet10t").state_dict()
+
+    def fetched(name: str, pretrained: bool, **options: Any) -> Any:
+        model = create(name, **options)
+        assert pretrained
+        rest = {key: value for key, value in published.items() if not key.startswith("fc.")}
+        model.load_state_dict(rest, strict=False)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    hashes = [weights_hash(InvertOptions(model="resnet10t", num_classes=5).build(seed)) for seed in (1, 1, 2)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_later_option_wins(tmp_path: Path) -> None:

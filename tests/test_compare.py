@@ -369,6 +369,8 @@ def test_a_figure_is_taken_once_and_seeds_are_added(
         ({"points": (0.5,)}, "the last point is 0.5; expected 1"),
         ({"seeds": (1, 1)}, "none of them twice"),
         ({"images": 0}, "images is 0; expected at least 1"),
+        ({"limit": 0}, "limit is 0; expected at least 1"),
+        ({"seeds": (1, -2)}, "seeds are [1, -2]; expected numbers from 0"),
     ],
 )
 def test_what_cannot_be_compared_is_said(changes: dict[str, Any], says: str) -> None:
@@ -398,6 +400,8 @@ def test_a_refused_call_does_not_claim_the_folder(model: smi.SparseModel, tmp_pa
     with pytest.raises(SmiError, match="the judge fails on images of shape"):
         smi.compare(model, tmp_path / "out", CONFIG, HOW, judge=tiny(3, img_size=32))
     assert "the student has 3 classes, the model 5" in refused(HOW, data=data, student=lambda: tiny(num_classes=3))
+    late = dataclasses.replace(taught, seeds=(1, 2**50))
+    assert f"seed is {2**50}; expected a number below" in refused(late, data=data, student=lambda: tiny(3))
     assert "there are no images at 'nowhere'" in refused(HOW, data="nowhere")
     assert not (tmp_path / "out").exists()
     dense = CompareConfig(strategies=("dense",), images=4, points=(1.0,))
@@ -419,6 +423,22 @@ def test_options_say_what_is_compared(tmp_path: Path) -> None:
     quick = shortened(smi.preset("demo"), 10)
     assert (quick.iterations, quick.prune_at) == (40, (4, 8, 12, 16))
     assert CompareConfig().strategies == tuple(STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--student", "resnet18"], "--student goes with --data"),
+        (["--student", "none", "--epochs", "3"], "--epochs goes with --data"),
+        (["--limit", "100"], "--limit goes with --data"),
+        (["--seeds", "1.7"], "--seeds is '1.7'; expected whole numbers"),
+        (["--num-images", "0"], "images is 0; expected at least 1"),
+        (["--data", "d", "--epochs", "0"], "epochs is 0; expected at least 1"),
+    ],
+)
+def test_options_are_used_or_refused(words: list[str], says: str, tmp_path: Path) -> None:
+    wrong = CliRunner().invoke(app, ["compare", *words, "--out", str(tmp_path / "out")])
+    assert wrong.exit_code == 2 and says in wrong.stderr, wrong.output
 
 
 def test_the_command_prints_the_page(tmp_path: Path) -> None:

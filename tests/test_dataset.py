@@ -55,6 +55,15 @@ def test_gaps_and_bounds(tmp_path: Path) -> None:
             data[item]
 
 
+def test_no_more_shards_are_mapped_than_a_process_may(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smi.dataset._MAPPED", 2)
+    data = SyntheticDataset(pool)
+    for item in (0, 6, 3, 1, 5, 2, 4, 0):
+        assert torch.equal(data[item][0], make_result(item // 3).images[item % 3])
+        assert len(data._open) <= 2
+    assert len(pool.batches) == 3
+
+
 def test_items_can_be_changed_without_changing_the_pool(pool: Pool) -> None:
     data = SyntheticDataset(pool)
     for part in data[0]:

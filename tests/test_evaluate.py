@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pools import INFO
 from small import CLASSES, one_thread, tiny  # noqa: F401
 from test_cli import Call, call  # noqa: F401
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from smi import embedded
 from smi.calibration import from_noise
 from smi.errors import SmiError
 from smi.evaluation import compiled, data_config, data_transform, evaluate_together, open_dataset
+from smi.export import _class_folders
 
 IDENTITY = torch.eye(6)
 
@@ -48,10 +51,30 @@ def test_fewer_than_five_classes_and_limit() -> None:
     assert (few.top1, few.top5) == (1 / 3, 1.0)
 
 
+def test_logits_that_are_no_numbers_are_never_right() -> None:
+    """All NaN, of which the label would be among the five largest of six, or one too many."""
+    data = numbers([0, 1, 2, 3, 4, 5], [5] * 6, [4] * 6)
+    assert smi.evaluate(lambda x: x, data).top5 > 0
+    for broken in (lambda x: x * torch.nan, lambda x: torch.cat((x[:, :5], x[:, 5:] * torch.nan), 1)):
+        found = smi.evaluate(broken, data)
+        assert (found.top1, found.top5) == (0, 0)
+
+
 def test_training_mode_comes_back() -> None:
     model = nn.Sequential(nn.Dropout(0.9)).train()
     assert smi.evaluate(model, numbers([0] * 50, [0] * 50, [1] * 50)).top1 == 1.0
     assert model.training
+
+
+def test_parts_in_other_modes_than_the_whole_stay_in_them() -> None:
+    """Frozen batch norms in a network that is trained; dropout that acts in one that is not."""
+    data = numbers([0] * 50, [0] * 50, [1] * 50)
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(6))
+    for modes in ([True, True, False], [False, True, False]):
+        for part, training in zip(model.modules(), modes, strict=True):
+            part.training = training
+        assert smi.evaluate(model, data).top1 == 1.0
+        assert [part.training for part in model.modules()] == modes
 
 
 @pytest.mark.parametrize(
@@ -61,6 +84,7 @@ def test_training_mode_comes_back() -> None:
         ({"limit": 0}, "limit is 0"),
         ({"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, "data set is empty"),
         ({"dataset": numbers([6], [0], [1])}, "a label 6, the model has classes 0 to 5"),
+        ({"dataset": numbers([1, -1, 2], [0] * 3, [1] * 3)}, "a label -1, the model has classes 0 to 5"),
         ({"model": lambda x: x[0]}, r"expected \(2, classes\) logits"),
     ],
 )
@@ -182,6 +206,12 @@ def test_folders_named_after_the_classes_are_taken_by_name(tmp_path: Path) -> No
         "great-shark": 2,
     }
     assert labels(open_dataset(str(folder), plain, num_classes=3)) == {"ant": 0, "great-shark": 1, "zebra": 2}
+    long = ("of the " * 12 + "zoo", "of the " * 12 + "ark", *(f"class {number}" for number in range(9)))
+    exported = _class_folders(dataclasses.replace(INFO, num_classes=11, class_names=long))
+    assert exported[0].endswith("-0") and len(exported[0]) > 60
+    named = write_folder(tmp_path / "long", exported)
+    found = labels(open_dataset(str(named), plain, num_classes=11, class_names=long))
+    assert found == {name: number for number, name in enumerate(exported)}
     many = write_folder(tmp_path / "many", [str(number) for number in range(11)])
     assert labels(open_dataset(str(many), plain, num_classes=11)) == {str(number): number for number in range(11)}
 
@@ -274,6 +304,9 @@ def test_command(call: Call, tmp_path: Path) -> None:  # noqa: F811
 def test_command_errors_are_one_line(call: Call, tmp_path: Path) -> None:  # noqa: F811
     for words, message in (
         (["evaluate"], "name the images with --data"),
+        (["evaluate", "--data", "x", "--backend", "cpu"], "--backend cpu is for inversion"),
+        (["evaluate", "a", "--against", "b", "--checkpoint", "c", "--data", "x"], "would be loaded into both a and b"),
+        (["evaluate", tmp_path / "q.pt2", "--no-pretrained", "--data", "x"], "leave out --no-pretrained"),
         (["evaluate", "--data", "cifar10:/nowhere"], "Fetch it with --download"),
         (["evaluate", "--data", write_folder(tmp_path, ["a", "b"])], "has 2 classes, the model has 10"),
         (["evaluate", tmp_path / "none.pt2", "--data", "x"], "is not a quantized model"),

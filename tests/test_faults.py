@@ -162,15 +162,27 @@ def test_a_folder_replaced_is_the_old_or_the_new_one_at_any_kill(tmp_path: Path)
     out = tmp_path / "out"
 
     def replace(text: str) -> None:
-        temp = temp_folder(out)
-        atomic_write(temp / "file", text.encode())
-        put_folder(temp, out)
+        with temp_folder(out) as temp:
+            atomic_write(temp / "file", text.encode())
+            put_folder(temp, out)
 
     replace("old")
     for _ in killed_everywhere(tmp_path, lambda: replace("new")):
         there = [folder / "file" for folder in tmp_path.iterdir() if "tmp" not in folder.name]
         assert {file.read_text() for file in there if file.exists()} <= {"old", "new"} and there
     assert (out / "file").read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_runs_that_fill_one_folder_neither_destroys_what_the_other_made(tmp_path: Path) -> None:
+    pool, out = fill_pool(tmp_path / "pool"), tmp_path / "out"
+    with temp_folder(out) as temp:
+        atomic_write(temp / "file", b"slow")
+        export_pool(pool, out, "npy")
+        assert (temp / "file").read_bytes() == b"slow", "no run is dead that holds its folder"
+        with pytest.raises(smi.SmiError, match=r"out' was made by another run meanwhile"):
+            put_folder(temp, out, replace=False)
+    assert sorted(os.listdir(out)) == ["images.npy", "targets.npy"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "pool"]
 
 
 def test_a_merge_killed_at_any_call_goes_on(tmp_path: Path) -> None:
@@ -291,6 +303,12 @@ def test_a_full_disk_leaves_the_older_quantization_whole(tmp_path: Path, monkeyp
         assert {file.read_text() for file in out.iterdir()} == {"old"} and os.listdir(disk) == ["out"]
         messages.append(message)
     assert messages and {file.read_text() for file in out.iterdir()} == {"new"}
+
+    link = disk / "link"
+    link.symlink_to(out)
+    with pytest.raises(smi.SmiError, match=r"link' is a link, which is not replaced; name the folder"):
+        quantized.save(link, overwrite=True)
+    assert sorted(os.listdir(disk)) == ["link", "out"] and link.is_symlink()
 
 
 @pytest.fixture

@@ -123,6 +123,17 @@ def test_each_inversion_is_a_batch_of_its_own(model: smi.SparseModel, tmp_path: 
 # --- files ---
 
 
+def test_the_last_iteration_of_a_batch_that_converges_has_an_event(model: smi.SparseModel, tmp_path: Path) -> None:
+    config = smi.Config(strategy="dense", iterations=400, tolerance=0.9, patience=3)
+    with Log(tmp_path / "log", every=20) as log:
+        made = smi.invert(model, [0, 1], config, progress=log)
+    done = len(made.history["total"])
+    assert done < 20
+    (event,) = read_log(tmp_path / "log")
+    assert (event["event"], event["iteration"]) == ("iteration", done)
+    assert event["losses"]["total"] == pytest.approx(made.history["total"][-1].item())
+
+
 def test_an_unfinished_line_is_passed_over_and_mended(tmp_path: Path) -> None:
     file = tmp_path / "log"
     whole = '{"event": "start", "batches": 1}\n'

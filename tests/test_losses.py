@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -250,6 +251,17 @@ def test_head_similarity_is_the_mean_over_pairs_of_heads(
     check_gradient(objective, sparse)
 
 
+@pytest.mark.parametrize("make", [losses.patch_similarity_entropy, losses.head_similarity])
+def test_where_tokens_are_merged_those_that_are_left_are_patches(
+    model: nn.Module, sparse: SparseModel, make: Callable[..., Objective]
+) -> None:
+    """Fewer than were fed, and the class token is none of them."""
+    objective = make(model, blocks=[1])
+    few = seen(objective, sparse, pixels(), KEEP)
+    merged = dataclasses.replace(few, keep=torch.arange(N).expand(2, -1))
+    torch.testing.assert_close(objective.function(merged), objective.function(few), rtol=0, atol=0)
+
+
 # --- on images ---
 
 
@@ -456,6 +468,7 @@ def test_what_cannot_be_is_refused(model: nn.Module, sparse: SparseModel) -> Non
     refused("cutoff is 0.8", lambda: losses.low_pass(0.8))
     refused("no BatchNorm2d", lambda: losses.batch_norm_statistics(model, info))
     refused("mean of ConvNet has 1", lambda: losses.adversarial(ConvNet(), info, mean=(0.5,)))
+    refused(r"size is \(0, 8\)", lambda: losses.adversarial(ConvNet(), info, size=(0, 8)))
     refused("bandwidth is 0.01", lambda: losses.patch_similarity_entropy(model, bandwidth=0.01))
     refused("block 2 does not exist", lambda: losses.head_similarity(model, blocks=[2]))
     refused("only one", lambda: losses.head_similarity(tiny(num_heads=1)))

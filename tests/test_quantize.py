@@ -132,6 +132,7 @@ def test_a_twelve_block_deit_has_127_published_sites_and_12_softmax_outputs() ->
         (("head",), 27, 9),
         (("first",), 27, 9),
         (("first", "head"), 25, 8),
+        (("linear",), 23, 10),
     ],
 )
 def test_kinds_can_be_skipped(model: Any, skip: tuple[str, ...], sites: int, weights: int) -> None:
@@ -168,6 +169,19 @@ def test_relatives_of_the_plain_model(options: dict[str, Any]) -> None:
     assert {f"blocks.{i}.{name}" for i in range(2) for name in wanted} <= names
     if "qk_norm" in options:
         assert {"blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.ls1", "blocks.0.ls2"} <= names
+
+
+def test_a_model_of_one_channel_is_read_again(tmp_path: Path) -> None:
+    """Of which timm's data config has three means."""
+    model = tiny(depth=1, in_chans=1)
+    info = SparseModel(model, backend="reference").info
+    made = smi.quantize(model, from_noise(info, images=8))
+    made.save(tmp_path / "q")
+    again = smi.load_quantized(tmp_path / "q")
+    assert again.info == info and tuple(again.data["mean"]) == info.mean and tuple(again.data["std"]) == info.std
+    images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(again(images), made.model(images))
 
 
 def test_a_distilled_model_quantizes_both_heads() -> None:
@@ -291,6 +305,17 @@ def test_searched_ranges(bits: int) -> None:
     assert (found[1] < 20) is (bits == 4), "few levels are worth more in the middle"
 
 
+@pytest.mark.parametrize("observer", [PercentileObserver, MseObserver])
+def test_more_values_than_float32_counts_one_by_one_are_all_counted(observer: Any) -> None:
+    """As many as attention of large images has near 0, and one in a thousand far from it."""
+    values = torch.zeros(2**24 + 2**23)
+    values[::1000] = torch.linspace(0.5, 1, len(values[::1000]))
+    one = observer(dtype=torch.uint8, quant_min=0, quant_max=255)
+    assert one(values) is values
+    assert float(one.histogram.double().sum()) == pytest.approx(len(values), rel=1e-6)
+    assert (float(one.min_val), float(one.max_val)) == (0, 1)
+
+
 # --- the network ---
 
 
@@ -308,6 +333,7 @@ def test_more_bits_are_closer(model: Any, pool: Pool, made: Quantized) -> None:
 
 def test_the_callers_model_stays_as_it_was(made: Quantized, model: Any, pool: Pool) -> None:
     model.train()
+    model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     before = weights_hash(model), [getattr(m, "fused_attn", None) for m in model.modules()]
     numbers = torch.get_rng_state()
@@ -521,6 +547,8 @@ def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> 
         (out, "nothing to calibrate on; give exactly one of"),
         ([*out, "--noise", "8", "--pool", pool.path], "--pool and --noise to calibrate on"),
         ([*out, "--noise", "8", "--fill", "mean"], "--fill mean goes with --pool alone"),
+        ([*out, "--noise", "8", "--images", "16"], "--images 16 goes with --pool and --folder"),
+        ([*out, "--noise", "8", "--backend", "cpu"], "--backend cpu is for inversion"),
         ([*out, "--noise", "8", "--device", "cuda"], "quantization runs on the CPU alone"),
         ([*out, "--noise", "3"], "3 images of noise are to calibrate"),
         ([*out, "--pool", tmp_path / "none"], "there is no pool"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small import one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import smi
 from smi.cli import app
 from smi.dataset import SyntheticDataset
+from smi.files import atomic_write
 from smi.lessons import Stored
 from smi.pool import Pool, PoolWriter
 from smi.run import run
@@ -116,6 +118,18 @@ def test_other_networks_see_the_filled_image_in_their_own_normalisation(pool: Pa
     torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_student_of_one_channel_sees_what_its_teacher_does(tmp_path: Path) -> None:
+    teacher = smi.SparseModel(tiny(num_classes=CLASSES, in_chans=1), name="teacher")
+    run(teacher, smi.WorkPlan.balanced(range(CLASSES), 10, 10, CLASSES), MEANWHILE, tmp_path / "pool")
+    seen: list[Tensor] = []
+    model = tiny(num_classes=CLASSES, in_chans=1, depth=1)
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teach(model, tmp_path / "pool", tmp_path / "out", TransferConfig(epochs=1, holdout=0.1, fill="as-is"))
+    hook.remove()
+    held = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:1]
+    torch.testing.assert_close(seen[-1], Pool(tmp_path / "pool").load(0).images[held], rtol=1e-5, atol=1e-6)
+
+
 def test_however_it_ends_the_student_is_fed_and_trainable_as_it_came(pool: Path, tmp_path: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -187,6 +201,55 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pool: Path, tmp_path: Path) -> N
     assert record["epochs"] == 4 and record["teacher"] == "teacher" and len(record["curve"]) == 4
     again = teach(student(), pool, tmp_path / "parts", config, progress=lambda *_: pytest.fail("it was done"))
     assert again.curve == whole.curve
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_best_student_is_never_of_an_epoch_that_is_trained_again(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """On a GPU the epoch may bring something else the second time, and another student be the best."""
+    config = TransferConfig(epochs=2, batch_size=8, mode="finetune", learning_rate=3e-3)
+    whole = teach(student(), pool, tmp_path / "whole", config)
+    assert whole.best == 1
+    left = [3 + writes]  # three in the first epoch
+
+    def killed(path: Path, data: bytes) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        atomic_write(path, data)
+
+    monkeypatch.setattr("smi.transfer.atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        teach(student(), pool, tmp_path / "parts", config)
+    monkeypatch.undo()
+    with safe_open(tmp_path / "parts/student.safetensors", framework="pt") as file:
+        found = int(file.metadata()["epoch"])
+    again: list[int] = []
+    teach(student(), pool, tmp_path / "parts", config, progress=lambda number, _: again.append(number))
+    assert found not in again and again == [1] * (not writes)
+    for name in ("student.safetensors", "transfer.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_student_with_tied_weights_is_kept_and_goes_on(pool: Path, tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        torch.manual_seed(0)
+        first, second = nn.Linear(768, 768), nn.Linear(768, 768)
+        second.weight = first.weight
+        return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Linear(768, CLASSES))
+
+    config = TransferConfig(epochs=2, mode="finetune")
+    whole = teach(tied(), pool, tmp_path / "whole", config)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(tied(), pool, tmp_path / "parts", config, progress=stop)
+    assert teach(tied(), pool, tmp_path / "parts", config).curve == whole.curve
+    kept = load_file(tmp_path / "parts/student.safetensors")
+    assert torch.equal(kept["1.weight"], kept["3.weight"]) and same(kept, load_file(whole.path / "student.safetensors"))
 
 
 def test_images_of_one_trajectory_are_not_on_both_sides_of_the_split(tmp_path: Path) -> None:
@@ -293,6 +356,8 @@ def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
         (["--pool", "p", "--teacher", "embedded:teacher"], "either --pool"),
         ([], "either --pool"),
         (["--pool", "p", "--inversion", "demo"], "--inversion goes with --teacher"),
+        (["--pool", "p", "--backend", "triton"], "--backend triton goes with --teacher"),
+        (["--teacher", "embedded:teacher", "--holdout", "0.3"], "--holdout 0.3 goes with --pool"),
         (["--teacher", "embedded:teacher", "--inversion", "dmo"], "unknown preset 'dmo'"),
     ):
         shown = CliRunner().invoke(app, ["transfer", "resnet10t", "--no-pretrained", "--out", "o", *wrong])
@@ -308,19 +373,30 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
         ({"temperature": 0}, r"temperature is 0; expected a positive number"),
         ({"holdout": 1.0}, r"holdout is 1.0; expected a share between 0 and 1"),
         ({"epochs": 0}, r"epochs is 0; expected at least 1"),
+        ({"seed": 2**50}, r"seed is 1125899906842624; expected a number below 8796093022208"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0.1; expected 0 or a positive number"),
+        ({"weight_decay": math.nan}, r"weight_decay is nan; expected 0 or a positive number"),
     ):
         with pytest.raises(smi.SmiError, match=complaint):
             TransferConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(smi.SmiError, match=r"the student has 4 classes, the images' teacher 5; .*--num-classes"):
         teach(tiny(num_classes=4), pool, tmp_path)
-    with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels: .*--img-size"):
+    for outputs in (1, 4):  # a single one would be broadcast against the teacher's
+        with pytest.raises(smi.SmiError, match=rf"the student gives \(1, {outputs}\) for an image; expected \(1, 5\)"):
+            teach(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, outputs)), pool, tmp_path, SHORT)
+    with pytest.raises(smi.SmiError, match=r"does not take images of 16 x 16 pixels in 3 channels: .*--img-size"):
         teach(tiny(num_classes=CLASSES, img_size=32), pool, tmp_path)
+    with pytest.raises(smi.SmiError, match=r"in 3 channels: .*expected input.* to have 1 channels.*in_chans=3"):
+        teach(tiny(num_classes=CLASSES, in_chans=1), pool, tmp_path)
     with pytest.raises(
         smi.SmiError, match=r"kept patches alone: its patches lie on a grid of 2 x 2, the pool's on 4 x 4"
     ):
         teach(tiny(num_classes=CLASSES, patch_size=8), pool, tmp_path, TransferConfig(tokens="kept"))
     with pytest.raises(smi.SmiError, match=r"32 images, of which a share of 0.01 held out leaves 0"):
         teach(student(), pool, tmp_path, TransferConfig(holdout=0.01))
+    one_left = TransferConfig(epochs=1, batch_size=14, mode="finetune")
+    with pytest.raises(smi.SmiError, match=r"a single image, the last of 29 in batches of 14: .*another batch_size"):
+        teach(timm.create_model("resnet10t", num_classes=CLASSES), pool, tmp_path, one_left)
     with pytest.raises(smi.SmiError, match=r"no classifier to train alone; use mode='finetune'"):
         teach(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, CLASSES)), pool, tmp_path)
 

@@ -137,8 +137,8 @@ class SparseModel:
             name=name or card.get("architecture") or type(model).__name__,
             weights_sha256=weights_hash(model),
             input_size=(channels, height, width),
-            mean=_per_channel("mean", _default(data["mean"], channels) if mean is None else mean, channels),
-            std=_per_channel("std", _default(data["std"], channels) if std is None else std, channels),
+            mean=_per_channel("mean", for_channels(data["mean"], channels) if mean is None else mean, channels),
+            std=_per_channel("std", for_channels(data["std"], channels) if std is None else std, channels),
             patch_size=(embed.patch_size[0], embed.patch_size[1]),
             grid=(embed.grid_size[0], embed.grid_size[1]),
             num_prefix_tokens=prefix,
@@ -479,8 +479,11 @@ def unsupported_reasons(model: object) -> list[str]:
     return reasons
 
 
-def _default(values: Sequence[float], channels: int) -> Sequence[float]:
-    """timm's data config of a model made with other than three channels still has three values."""
+def for_channels(values: Sequence[float], channels: int) -> Sequence[float]:
+    """Mean or std of a data config, one value for each channel or one for all.
+
+    timm's data config of a model made with other than three channels still has three values.
+    """
     return values if len(values) == channels else (sum(values) / len(values),)
 
 

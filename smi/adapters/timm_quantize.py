@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smi.adapters.timm import unsupported_reasons
 from smi.errors import SmiError
+from smi.modes import evaluating
 
 # Of the logits from timm's own, relative: two orders of magnitude above what another order of sums does in float32.
 _DIFFERENCE = 1e-4
@@ -88,12 +89,8 @@ class TokenModel(nn.Module):
         embed = self.vit.patch_embed
         images = torch.randn(1, embed.proj.in_channels, *embed.img_size, generator=torch.Generator().manual_seed(0))
         first = next(model.parameters())
-        training = model.training
-        try:
-            with torch.no_grad():
-                expected = model.eval()(images.to(first)).float().cpu()
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            expected = model(images.to(first)).float().cpu()
         cells = torch.arange(embed.num_patches).flip(0)[None]
         with torch.no_grad():
             found = self(images), self(images, cells)
