@@ -32,7 +32,7 @@ from benchmarks.end_to_end import MODELS
 from benchmarks.gate import GATED, STEPS
 from benchmarks.scaling import AXES, points
 from smi.embedded import build_teacher
-from smi_kernels import PixelDescent, SparseViT, aot
+from smi_kernels import PixelDescent, SparseViT, aot, tuning
 from smi_kernels.launch import DEPENDENT_LAUNCH, Launch, record_launches
 
 PAPER = smi.preset("paper-quant")
@@ -105,10 +105,14 @@ def call(vit: SparseViT, batch: int, kept: int | None) -> None:
 WHAT = ("teacher", "short", "all")
 
 
-def launches(what: str) -> list[Launch]:
-    """One of each kind, of all benchmarks and tests at real sizes, of the short form of them, or of the teacher's."""
+def launches(what: str, capability: int) -> list[Launch]:
+    """One of each kind, of all benchmarks and tests at real sizes, of the short form of them, or of the teacher's.
+
+    Args:
+        capability: compute capability times 10, by which tiles are chosen.
+    """
     steady = smi.Config(iterations=10_000, prune_at=(1,), prune_ratio=(1 - 46.5 / 196,))
-    with record_launches() as seen:
+    with record_launches() as seen, tuning.assuming(capability):
         for short, name in MODELS.items():
             if what == "teacher" or (what == "short" and short != "Ti"):
                 break
@@ -198,9 +202,8 @@ def main() -> None:
     began = time.monotonic()
     # Asked elsewhere, for a process that has used CUDA should not fork.
     ask = [sys.executable, "-c", "import torch; print(*torch.cuda.get_device_capability())"]
-    with subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) as asked:
-        wanted = launches(args.what)
-        major, minor = map(int, asked.communicate()[0].split())
+    major, minor = map(int, subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split())
+    wanted = launches(args.what, 10 * major + minor)
     print(f"{len(wanted)} kernels recorded in {time.monotonic() - began:.1f} s", flush=True)
     dependent = None
     if args.what == "all" and not DEPENDENT_LAUNCH and major >= 9:  # other kernels, which a test holds against these

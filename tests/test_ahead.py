@@ -17,7 +17,7 @@ from triton.runtime import driver
 from benchmarks import ahead
 
 if __name__ == "__main__":
-    wanted = ahead.launches("teacher")
+    wanted = ahead.launches("teacher", 90)
     iteration = {
         *("begin_step", "embed_tokens", "norm_linear", "attention", "class_attention", "linear_residual"),
         *("cross_entropy_head", "linear_gelu_dx", "linear_dx", "norm_linear_dx", "attention_long_dx", "prior_sums"),
@@ -40,6 +40,25 @@ if __name__ == "__main__":
     (failed,) = ahead.compile_all([ahead.Launch(some[0].kernel, (1,), {}, {})], 90, 1, launchers=False)
     assert failed.startswith("prior_sums_kernel"), failed
 """
+
+
+TILES = """
+import itertools
+import torch
+from benchmarks import ahead
+from smi_kernels import tuning
+
+for capability, expected in ((80, {255}), (90, {128, 255})):
+    products = [of for of in ahead.launches("short", capability) if of.name == "norm_linear_dx_kernel"]
+    assert {of.options["maxnreg"] for of in products if of.args["BLOCK_N"] == 128 or capability == 80} <= expected
+    assert any(of.options["maxnreg"] == 128 for of in products) is (capability == 90)
+"""
+
+
+def test_tiles_are_those_of_the_gpu_that_is_compiled_for() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", TILES], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
