@@ -141,6 +141,7 @@ class CompareOptions(ModelOptions):
             activations=activations,
             observer=self.observer,  # type: ignore[arg-type]
             limit=self.limit,
+            quick=self.quick,
         )
 
     def make_student(self, info: ModelInfo) -> Callable[[], Any] | None:
@@ -201,8 +202,6 @@ def compare(options: CompareOptions) -> None:
         print(json.dumps(record))
         return
     print((options.out / "compare.md").read_text(encoding="utf-8"))
-    if options.quick:
-        print("quick: a tenth of the iterations; conclude nothing from it")
     print(options.out / "compare.png")
 
 

@@ -246,7 +246,8 @@ class Comparison:
 
     def _settings(self) -> dict[str, Any]:
         """What a figure depends on. Seeds and points may be added later."""
-        how = {key: value for key, value in dataclasses.asdict(self.how).items() if key not in ("seeds", "points")}
+        apart = ("seeds", "points", "quick")
+        how = {key: value for key, value in dataclasses.asdict(self.how).items() if key not in apart}
         settings = {
             **how,
             "config": self.config.replace(strategy="dense").to_dict(),
@@ -301,6 +302,7 @@ class Comparison:
             "settings": self._settings(),
             "seeds": list(self.how.seeds),
             "points": list(self.how.points),
+            "quick": self.how.quick,
             "device": self.model.where,
             "teacher_top1": reference,
             "methods": {name: self._method(name) for name in self.how.strategies},
