@@ -93,6 +93,19 @@ def test_what_cannot_be_profiled_is_said() -> None:
 
 
 @needs_operators
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smi_kernels, "record_operations", lambda: pytest.fail("measured"))
+    model, file = smi.SparseModel(tiny().to(DEVICE)), tmp_path / "file"
+    file.write_text("")
+    for path in (file / "trace.json", tmp_path):
+        with pytest.raises(smi.SmiError, match=f"cannot write to '{path}'"):
+            profile(model, batch_size=1, trace=path)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@needs_operators
 def test_the_number_of_patches_is_checked() -> None:
     with pytest.raises(smi.SmiError, match="kept is 17; expected 1 to 16"):
         profile(smi.SparseModel(tiny().to(DEVICE)), kept=17)
