@@ -203,6 +203,7 @@ def quantize(options: QuantizeOptions) -> None:
       smi quantize embedded:teacher --noise 32 --skip softmax,head --out quantized/control --onnx
     """
     from smi.packed import open_pool
+    from smi.quantization import check_out
     from smi.quantization import quantize as make
     from smi.quantizer import kinds_of
     from smi.refinement import Refinement
@@ -212,6 +213,7 @@ def quantize(options: QuantizeOptions) -> None:
     if options.refine is not None:
         rate = Refinement.learning_rate if options.learning_rate is None else options.learning_rate
         refine = Refinement(options.refine, rate)
+    check_out(options.out, onnx=options.onnx, overwrite=options.overwrite)
     pool = None if options.pool is None else open_pool(options.pool)
     model = options.build(seed=0 if pool is None else pool.config.seed)
     calibration = _calibration(options, model, pool)
