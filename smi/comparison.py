@@ -343,6 +343,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise SmiError(f"{str(path)!r} is damaged ({error}); delete it and run the same command again.") from None
+    except OSError as error:
+        raise SmiError(f"cannot read {str(path)!r}: {error.strerror}; choose another folder.") from None
     return said
 
 

@@ -65,8 +65,10 @@ class CompareConfig:
             values = getattr(self, field)
             if not values or len({*values}) < len(values):
                 raise SmiError(f"{field} are {list(values)}; expected at least one, none of them twice.")
-        if self.images < 1:
-            raise SmiError(f"images is {self.images}; expected at least 1.")
+        for field in ("images", "limit"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise SmiError(f"{field} is {value}; expected at least 1.")
         if not all(0 < point <= 1 for point in self.points) or list(self.points) != sorted(self.points):
             raise SmiError(f"points are {list(self.points)}; expected increasing shares above 0 up to 1.")
         if self.points[-1] != 1:

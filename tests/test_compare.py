@@ -435,5 +435,19 @@ def test_the_command_prints_the_page(tmp_path: Path) -> None:
     assert pool.plan.targets == (1, 2, 1, 2) and pool.config.iterations == 8
     alone = CliRunner().invoke(app, ["compare", "--judge-checkpoint", "x.pth", "--out", str(tmp_path)])
     assert alone.exit_code == 2 and "--judge-checkpoint goes with --judge" in alone.stderr
-    wrong = CliRunner().invoke(app, ["compare", "--strategies", "dens", "--out", str(tmp_path)])
-    assert wrong.exit_code == 2 and "unknown strategy 'dens'" in wrong.stderr
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--strategies", "dens"], "unknown strategy 'dens'"),
+        (["-n", "0"], "images is 0; expected at least 1"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["--limit", "0"], "limit is 0; expected at least 1"),
+        (["--points", ""], "points are []; expected at least one"),
+        (["--seeds", "1.5"], "--seeds is '1.5'; expected whole numbers"),
+        (["--seeds", "inf"], "--seeds is 'inf'; expected whole numbers"),
+        (["--set", "strategy=dense"], "--set strategy=dense is of no use to a comparison; give --strategies"),
+        (["--set", "seed=2"], "--set seed=2 is of no use to a comparison; give --seeds"),
+        (["--out", str(tmp_path / "file")], "file/settings.json': Not a directory; choose another folder"),
+    ):
+        wrong = CliRunner().invoke(app, ["compare", "--out", str(tmp_path / "new"), *words])
+        assert wrong.exit_code == 2 and message in wrong.stderr and wrong.stderr.count("\n") == 1, words
+    assert not (tmp_path / "new").exists()
