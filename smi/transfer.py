@@ -90,6 +90,10 @@ class TransferConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SmiError(f"{name} is {value}; expected a positive number.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise SmiError(f"weight_decay is {self.weight_decay}; expected a finite number >= 0.")
+        if not 0 <= self.seed < 2**63:
+            raise SmiError(f"seed is {self.seed}; expected a whole number from 0, of less than 64 bits.")
         if not 0 < self.holdout < 1:
             raise SmiError(f"holdout is {self.holdout}; expected a share between 0 and 1.")
 

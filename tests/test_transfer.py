@@ -308,6 +308,10 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
         ({"temperature": 0}, r"temperature is 0; expected a positive number"),
         ({"holdout": 1.0}, r"holdout is 1.0; expected a share between 0 and 1"),
         ({"epochs": 0}, r"epochs is 0; expected at least 1"),
+        ({"weight_decay": float("nan")}, r"weight_decay is nan; expected a finite number >= 0"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1.0; expected a finite number >= 0"),
+        ({"seed": -1}, r"seed is -1; expected a whole number from 0"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616; expected a whole number from 0, of less than 64 bits"),
     ):
         with pytest.raises(smi.SmiError, match=complaint):
             TransferConfig(**change)  # type: ignore[arg-type]
