@@ -146,6 +146,6 @@ def transfer(options: TransferOptions) -> None:
         curve = [asdict(epoch) for epoch in found.curve]
         print(json.dumps({"path": str(found.path), "best": found.best, "fed": found.fed, "curve": curve}))
         return
-    print(f"{options.model}, fed {found.fed} patches: epoch {found.best} of {len(found.curve)} is the best")
+    print(f"{options.model}, fed {found.fed} patches: epoch {found.best + 1} of {len(found.curve)} is the best")
     print(f"  agrees with the teacher on {best.agreement:.1%} of the images held out, loss {best.holdout_loss:.4f}")
     print(f"  {found.path / 'student.safetensors'}")

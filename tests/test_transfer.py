@@ -352,6 +352,7 @@ def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path) -> None:
     assert "resnet10t, fed all patches: epoch" in shown.output and "student.safetensors" in shown.output
     found = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
     assert len(found["curve"]) == 2 and found["fed"] == "all"
+    assert f"epoch {found['best'] + 1} of 2 is the best" in shown.output
     again = CliRunner().invoke(app, args)  # done already, and no terminal
     assert again.stderr == "" and again.stdout == shown.stdout
     wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
