@@ -44,6 +44,19 @@ class EvaluateOptions(ModelOptions):
     ] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
+    def __post_init__(self) -> None:
+        if self.backend != "auto":
+            raise SmiError(f"backend is {self.backend!r}; models are evaluated as they are, leave out --backend.")
+
+    def check_used(self) -> None:
+        """Refuse what says how a model is built where only files are read."""
+        for name in ("checkpoint", "num_classes", "img_size", "no_pretrained"):
+            if getattr(self, name) is not None and getattr(self, name) is not False:
+                raise SmiError(
+                    f"--{name.replace('_', '-')} is of no use to a quantized model, which is complete in itself; "
+                    "leave it out."
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(ModelOptions):
@@ -112,6 +125,8 @@ class QuantizeOptions(ModelOptions):
             raise SmiError(f"--learning-rate {self.learning_rate:g} goes with --refine STEPS alone; leave it out.")
         if self.device not in ("auto", "cpu"):
             raise SmiError(f"device is {self.device!r}; quantization runs on the CPU alone, leave out --device.")
+        if self.backend != "auto":
+            raise SmiError(f"backend is {self.backend!r}; quantization takes timm's own modules, leave out --backend.")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -132,6 +147,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from smi.quantization import is_quantized
 
     names = [options.model, *([] if options.against is None else [options.against])]
+    if all(map(is_quantized, names)):
+        options.check_used()
     device = _device(options.device, any(map(is_quantized, names)))
     pairs = []
     for name in names:

@@ -70,7 +70,9 @@ class TransferOptions(ModelOptions):
     def __post_init__(self) -> None:
         if (self.pool is None) == (self.teacher is None):
             raise SmiError("give either --pool, with images that are there, or --teacher, to make them meanwhile.")
-        given = [name for name in ("teacher_checkpoint", "teacher_classes", "inversion") if getattr(self, name)]
+        names = ("teacher_checkpoint", "teacher_classes", "inversion")
+        given = [name for name in names if getattr(self, name) is not None]
+        given += ["backend"] if self.backend != "auto" else []
         if given and self.teacher is None:
             raise SmiError(f"--{given[0].replace('_', '-')} goes with --teacher; a pool has been made already.")
 

@@ -512,6 +512,11 @@ def test_commands(call: Call, tmp_path: Path) -> None:  # noqa: F811
     code, said, err = call("evaluate", out, "--data", tmp_path / "data", "--json")
     assert (code, err) == (0, "")
     assert (json.loads(said)["images"], json.loads(said)["classes"]) == (10, 10)
+    for words in (["--checkpoint", "x.pth"], ["--num-classes", 0], ["--img-size", 64], ["--no-pretrained"]):
+        code, said, err = call("evaluate", out, "--data", tmp_path / "data", *words)
+        assert (code, said) == (2, "") and f"{words[0]} is of no use to a quantized model" in err
+    code, said, err = call("evaluate", out, "--data", tmp_path / "data", "--backend", "cpu")
+    assert (code, said) == (2, "") and "backend is 'cpu'; models are evaluated as they are" in err
 
 
 def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> None:  # noqa: F811
@@ -522,6 +527,7 @@ def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> 
         ([*out, "--noise", "8", "--pool", pool.path], "--pool and --noise to calibrate on"),
         ([*out, "--noise", "8", "--fill", "mean"], "--fill mean goes with --pool alone"),
         ([*out, "--noise", "8", "--device", "cuda"], "quantization runs on the CPU alone"),
+        ([*out, "--noise", "8", "--backend", "cpu"], "quantization takes timm's own modules"),
         ([*out, "--noise", "3"], "3 images of noise are to calibrate"),
         ([*out, "--pool", tmp_path / "none"], "there is no pool"),
         ([*out, "--pool", pool.path], "was made from a model with weights"),

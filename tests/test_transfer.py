@@ -293,6 +293,8 @@ def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
         (["--pool", "p", "--teacher", "embedded:teacher"], "either --pool"),
         ([], "either --pool"),
         (["--pool", "p", "--inversion", "demo"], "--inversion goes with --teacher"),
+        (["--pool", "p", "--teacher-classes", "0"], "--teacher-classes goes with --teacher"),
+        (["--pool", "p", "--backend", "cpu"], "--backend goes with --teacher"),
         (["--teacher", "embedded:teacher", "--inversion", "dmo"], "unknown preset 'dmo'"),
     ):
         shown = CliRunner().invoke(app, ["transfer", "resnet10t", "--no-pretrained", "--out", "o", *wrong])
