@@ -233,6 +233,8 @@ def assert_one_line(result: tuple[int, str, str], message: str) -> None:
         ([*TINY, "--classes", "cat"], "'cat'; expected numbers or ranges"),
         ([*TINY, "--img-size", "65"], "65"),
         ([*TINY, "--num-images", "0"], "0 images were asked for"),
+        ([*TINY, "--num-images", str(10**20)], "expected at most 100,000,000 in one pool"),
+        ([*TINY, "--per-class", str(10**20)], "expected at most 100,000,000 in one pool"),
         ([*TINY, "--prune-at", "2,4", "--prune-ratio", ".9,.9"], "leaves none"),
         ([*TINY, "--ce", "0", "--tv2", "0"], "every objective has weight 0"),
         ([*TINY, "--checkpoint", "no-such.pth"], "no checkpoint 'no-such.pth'"),
