@@ -53,6 +53,8 @@ def load_model(
         return EMBEDDED[name]()
     kwargs: dict[str, Any] = {}
     if num_classes is not None:
+        if num_classes < 0:  # which timm takes for a head of none
+            raise SmiError(f"num_classes is {num_classes}; expected the length of the head, or 0 for none.")
         kwargs["num_classes"] = num_classes
     if img_size is not None:
         kwargs["img_size"] = img_size

@@ -178,6 +178,8 @@ def test_names_that_are_not() -> None:
         smi.load_model("embedded:judge", img_size=0)
     with pytest.raises(SmiError, match=r"leave out num_classes, pretrained=False \(--no-pretrained\)"):
         smi.load_model("embedded:teacher", num_classes=10, pretrained=False)
+    with pytest.raises(SmiError, match=r"num_classes is -4; expected the length of the head, or 0 for none"):
+        smi.load_model("resnet10t", pretrained=False, num_classes=-4)
     with pytest.raises(SmiError, match=r"resnet10t cannot be created with \{'img_size': 64\}"):
         smi.load_model("resnet10t", pretrained=False, img_size=64)
     for pretrained in (True, False):
