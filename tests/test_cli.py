@@ -247,6 +247,13 @@ def assert_one_line(result: tuple[int, str, str], message: str) -> None:
         (["--iterations", "10"], "Raise iterations above"),
         (["--tv2", "nan"], "tv2 is nan"),
         (["--strategy", "sparce"], "Did you mean 'sparse'?"),
+        (["--division", "3"], "--division goes with the strategy rebirth, and this is sparse"),
+        (["--merge-to", "0.5"], "--merge-to goes with the strategy fusion, and this is sparse"),
+        (["--strategy", "dense", "--prune-at", "4"], "prune_at has 1 entries"),
+        (
+            ["--strategy", "rebirth", "--prune-at", "4", "--prune-ratio", ".5"],
+            "--prune-at goes with the strategy sparse or random, and this is rebirth",
+        ),
         (["--preset", "demoo"], "Did you mean 'demo'?"),
         (["--preset", "demo", "--config", "x.yaml"], "exclude each other"),
         (["--config", "no-such.yaml"], "cannot read the config"),
