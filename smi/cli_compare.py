@@ -122,7 +122,11 @@ class CompareOptions(ModelOptions):
     def make_config(self) -> Config:
         """Not resolved: what follows the semantics differs between strategies."""
         name = self.preset or ("demo" if self.model.startswith("embedded:") else "fast")
-        config = preset_or_file(name).replace(**dict(parse_setting(text) for text in self.settings or ()))
+        changes = dict(parse_setting(text) for text in self.settings or ())
+        for setting, option in (("strategy", "--strategies"), ("seed", "--seeds")):
+            if setting in changes:
+                raise SmiError(f"--set {setting}={changes[setting]} is of no use to a comparison; give {option}.")
+        config = preset_or_file(name).replace(**changes)
         return shortened(config, _SHORTER) if self.quick else config
 
     def make_comparison(self, info: ModelInfo) -> CompareConfig:
@@ -132,18 +136,20 @@ class CompareOptions(ModelOptions):
 
         weights, activations = parse_bits(self.bits)
         names = tuple(STRATEGIES) if self.strategies is None else tuple(s.strip() for s in self.strategies.split(","))
+        points = (".5,1" if self.quick else ".25,.5,1") if self.points is None else self.points
         return CompareConfig(
             strategies=names,
             equal=self.equal,  # type: ignore[arg-type]  # checked there
             images=(40 if self.quick else 80) if self.num_images is None else self.num_images,
-            points=tuple(map(float, parse_numbers("--points", self.points or (".5,1" if self.quick else ".25,.5,1")))),
-            seeds=_whole("--seeds", self.seeds),
+            points=tuple(map(float, parse_numbers("--points", points))),
+            seeds=parse_seeds(self.seeds),
             classes=None if self.classes is None else tuple(parse_classes(self.classes, info)),
             fill=self.fill,  # type: ignore[arg-type]
             weights=weights,
             activations=activations,
             observer=self.observer,  # type: ignore[arg-type]
             limit=self.limit,
+            quick=self.quick,
         )
 
     def make_student(self, info: ModelInfo) -> Callable[[], Any] | None:
@@ -167,14 +173,6 @@ class CompareOptions(ModelOptions):
 
         epochs = (5 if self.quick else 120) if self.epochs is None else self.epochs
         return TransferConfig(mode="finetune", epochs=epochs, batch_size=32, learning_rate=1e-3, weight_decay=0.05)
-
-
-def _whole(option: str, text: str) -> tuple[int, ...]:
-    """``1,2`` as numbers that are whole."""
-    numbers = parse_numbers(option, text)
-    if not all(isinstance(number, int) for number in numbers):
-        raise SmiError(f"{option} is {text!r}; expected whole numbers, e.g. 1,2,3.")
-    return tuple(map(int, numbers))
 
 
 def compare(options: CompareOptions) -> None:
@@ -212,8 +210,6 @@ def compare(options: CompareOptions) -> None:
         print(json.dumps(record))
         return
     print((options.out / "compare.md").read_text(encoding="utf-8"))
-    if options.quick:
-        print("quick: a tenth of the iterations; conclude nothing from it")
     print(options.out / "compare.png")
 
 
@@ -243,6 +239,14 @@ def shortened(config: Config, factor: int) -> Config:
     return config.replace(
         iterations=max(1, config.iterations // factor), prune_at=[max(1, t // factor) for t in config.prune_at]
     )
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``1,2,3`` -> (1, 2, 3)."""
+    seeds = parse_numbers("--seeds", text)
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise SmiError(f"--seeds is {text!r}; expected whole numbers separated by commas, e.g. 1,2,3.")
+    return tuple(map(int, seeds))
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -363,7 +363,24 @@ class InvertOptions(ModelOptions):
                 changes[name] = []
             elif getattr(self, name) is not None:
                 changes[name] = parse_numbers(f"--{name.replace('_', '-')}", getattr(self, name))
-        return base.replace(**changes).resolved()
+        config = base.replace(**changes).resolved()
+        self._check_used(config)
+        return config
+
+    def _check_used(self, config: Config) -> None:
+        """Refuse flags that the strategy passes over. A file or --set may hold them, for several strategies."""
+        pruned, reborn, fused = config.scheduled, config.strategy == "rebirth", config.strategy == "fusion"
+        for name, used, whose in (
+            ("prune_at", pruned, "sparse or random"),
+            ("prune_ratio", pruned, "sparse or random"),
+            ("division", reborn, "rebirth"),
+            ("merge_to", fused, "fusion"),
+        ):
+            if getattr(self, name) and not used:
+                raise SmiError(
+                    f"--{name.replace('_', '-')} goes with the strategy {whose}, and this is {config.strategy}; "
+                    "leave it out, or name the other with --strategy."
+                )
 
     def fit_schedule(self, config: Config, model: SparseModel) -> Config:
         """`config` with the prunings that --schedule, --sparsity or --budget mean for `model`."""

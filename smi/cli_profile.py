@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -82,34 +83,27 @@ def _under_ncu() -> None:
 
 
 def _print(found: Profile) -> None:
-    table = Table(
-        title=f"{found.model} on {found.where}: {found.batch_size} images, {found.kept} patches", title_justify="left"
-    )
-    table.add_column("operator")
-    for name in (
-        "largest operand",
-        "calls",
-        "ms",
-        "share",
-        "GB/s",
-        "TFLOP/s",
-        "of its roofline",
-        "registers",
-        "shared",
-    ):
-        table.add_column(name, justify="right")
+    """No rules between columns: on a CPU all of them fit into 80 characters."""
+    compiled = any(row.registers or row.shared for row in found.rows)
+    title = f"{found.model} on {found.where}: {found.batch_size} images, {found.kept} patches"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("operator", no_wrap=True)
+    table.add_column("largest\noperand", justify="right")
+    for name in ("calls", "ms", "share", "GB/s", "TFLOP/s", "of its\nroofline"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("registers", "shared") if compiled else ():
+        table.add_column(name, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(
             row.name,
-            " x ".join(map(str, row.shape)),
+            "x".join(map(str, row.shape)),
             str(row.calls),
             f"{1e3 * row.seconds:.3f}",
             f"{row.share:.1%}",
             f"{row.bytes_per_second / 1e9:.1f}",
             f"{row.flops_per_second / 1e12:.3f}" if row.flops_per_second else "-",
             f"{row.roofline:.0%}",
-            str(row.registers or "-"),
-            str(row.shared or "-"),
+            *((str(row.registers or "-"), str(row.shared or "-")) if compiled else ()),
         )
     Console().print(table)
     print(f"operators  {1e3 * found.seconds:.3f} ms, each timed by itself")

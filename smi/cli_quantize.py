@@ -185,7 +185,8 @@ def _check_making(options: EvaluateOptions, made: Sequence[str]) -> None:
     Args:
         made: names of the models that are not read as they were quantized.
     """
-    given = [name for name in ("checkpoint", "num_classes", "img_size", "no_pretrained") if getattr(options, name)]
+    names = ("checkpoint", "num_classes", "img_size", "no_pretrained")
+    given = [name for name in names if getattr(options, name) is not None and getattr(options, name) is not False]
     if given and not made:
         raise SmiError(f"a quantized model is complete in itself; leave out --{given[0].replace('_', '-')}.")
     if options.checkpoint is not None and len(made) > 1:
@@ -232,6 +233,7 @@ def quantize(options: QuantizeOptions) -> None:
       smi quantize embedded:teacher --noise 32 --skip softmax,head --out quantized/control --onnx
     """
     from smi.packed import open_pool
+    from smi.quantization import check_out
     from smi.quantization import quantize as make
     from smi.quantizer import kinds_of
     from smi.refinement import Refinement
@@ -241,6 +243,7 @@ def quantize(options: QuantizeOptions) -> None:
     if options.refine is not None:
         rate = Refinement.learning_rate if options.learning_rate is None else options.learning_rate
         refine = Refinement(options.refine, rate)
+    check_out(options.out, onnx=options.onnx, overwrite=options.overwrite)
     pool = None if options.pool is None else open_pool(options.pool)
     model = options.build(seed=0 if pool is None else pool.config.seed)
     calibration = _calibration(options, model, pool)

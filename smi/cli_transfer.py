@@ -73,7 +73,8 @@ class TransferOptions(ModelOptions):
     def __post_init__(self) -> None:
         if (self.pool is None) == (self.teacher is None):
             raise SmiError("give either --pool, with images that are there, or --teacher, to make them meanwhile.")
-        given = [name for name in ("teacher_checkpoint", "teacher_classes", "inversion") if getattr(self, name)]
+        names = ("teacher_checkpoint", "teacher_classes", "inversion")
+        given = [name for name in names if getattr(self, name) is not None]
         if given and self.teacher is None:
             raise SmiError(f"--{given[0].replace('_', '-')} goes with --teacher; a pool has been made already.")
         if self.backend != "auto" and self.teacher is None:
@@ -155,6 +156,6 @@ def transfer(options: TransferOptions) -> None:
         curve = [asdict(epoch) for epoch in found.curve]
         print(json.dumps({"path": str(found.path), "best": found.best, "fed": found.fed, "curve": curve}))
         return
-    print(f"{options.model}, fed {found.fed} patches: epoch {found.best} of {len(found.curve)} is the best")
+    print(f"{options.model}, fed {found.fed} patches: epoch {found.best + 1} of {len(found.curve)} is the best")
     print(f"  agrees with the teacher on {best.agreement:.1%} of the images held out, loss {best.holdout_loss:.4f}")
     print(f"  {found.path / 'student.safetensors'}")

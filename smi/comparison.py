@@ -248,7 +248,8 @@ class Comparison:
 
     def _settings(self) -> dict[str, Any]:
         """What a figure depends on. Seeds and points may be added later."""
-        how = {key: value for key, value in dataclasses.asdict(self.how).items() if key not in ("seeds", "points")}
+        apart = ("seeds", "points", "quick")
+        how = {key: value for key, value in dataclasses.asdict(self.how).items() if key not in apart}
         settings = {
             **how,
             "config": self.config.replace(strategy="dense").to_dict(),
@@ -303,6 +304,7 @@ class Comparison:
             "settings": self._settings(),
             "seeds": list(self.how.seeds),
             "points": list(self.how.points),
+            "quick": self.how.quick,
             "device": self.model.where,
             "teacher_top1": reference,
             "methods": {name: self._method(name) for name in self.how.strategies},
@@ -343,6 +345,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise SmiError(f"{str(path)!r} is damaged ({error}); delete it and run the same command again.") from None
+    except OSError as error:
+        raise SmiError(f"cannot read {str(path)!r}: {error.strerror}; choose another folder.") from None
     return said
 
 

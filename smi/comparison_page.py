@@ -94,6 +94,7 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         f"# Methods compared on {settings['model']['name']}",
         "",
+        *(["**A quick trial of whether it runs: conclude nothing from it.**", ""] if record["quick"] else []),
         f"{settings['config']['iterations']} iterations, seeds {', '.join(map(str, record['seeds']))}, "
         f"{record['device']}. Cost is counted per image that is handed out: what one trajectory costs, over the images "
         "that come out of it. Round points: shares "

@@ -37,6 +37,7 @@ class CompareConfig:
         fill: what stands in dropped patches where whole images are looked at or learnt from.
         weights, activations, observer: of the quantized teacher, see `smi.quantize`; weights 0 leaves it out.
         limit: test images at most; None is all.
+        quick: only whether it runs is asked, so the page warns of its own verdicts.
     """
 
     strategies: tuple[str, ...] = tuple(STRATEGIES)
@@ -50,6 +51,7 @@ class CompareConfig:
     activations: int = 4
     observer: Observer = "mse"
     limit: int | None = None
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for name in self.strategies:

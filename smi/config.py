@@ -40,6 +40,7 @@ Ranking = Literal[
 ]
 ModelRanking = Literal["auto", "class_attention", "attention_pool", "received_attention", "attention_rollout"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+MAX_ITERATIONS = 10_000_000  # histories and progress keep a number for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,8 @@ class Config:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise SmiError(f"{name} is {getattr(self, name)}; expected at least {low}.")
+        if self.iterations > MAX_ITERATIONS:
+            raise SmiError(f"iterations is {self.iterations}; expected at most {MAX_ITERATIONS:,}.")
         for name in ("cross_entropy", "tv1", "tv2", "l2", "learning_rate", "eps", "tolerance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

@@ -38,17 +38,23 @@ def load_model(
         num_classes: length of the head; default the architecture's own.
         img_size: input size, for architectures that can change it; position embeddings of published weights and of
             `checkpoint` are interpolated to it (bicubic, as timm does).
-        pretrained: fetch the published weights when no checkpoint is given; False leaves random weights.
+        pretrained: fetch the published weights when no checkpoint is given; False leaves random weights. Embedded
+            networks have theirs, and take none of these four options.
 
     Raises:
         SmiError: unknown name or tag, weights not to be had, checkpoint missing, unreadable or of another architecture.
     """
     if name in EMBEDDED:
-        if checkpoint or num_classes or img_size:
-            raise SmiError(f"{name} is complete in itself; leave out checkpoint, num_classes and img_size.")
+        given = {"checkpoint": checkpoint, "num_classes": num_classes, "img_size": img_size}
+        wrong = [option for option, value in given.items() if value is not None]
+        wrong += [] if pretrained else ["pretrained=False (--no-pretrained)"]
+        if wrong:
+            raise SmiError(f"{name} is complete in itself, weights included; leave out {', '.join(wrong)}.")
         return EMBEDDED[name]()
     kwargs: dict[str, Any] = {}
     if num_classes is not None:
+        if num_classes < 0:  # which timm takes for a head of none
+            raise SmiError(f"num_classes is {num_classes}; expected the length of the head, or 0 for none.")
         kwargs["num_classes"] = num_classes
     if img_size is not None:
         kwargs["img_size"] = img_size

@@ -134,7 +134,8 @@ def _difference(row: dict[str, Any], found: dict[str, Any]) -> str:
     for name, value in found.items():
         same = row[name] == (float(np.float32(value)) if isinstance(value, float) else value)
         if not same and value == value:  # a confidence that is not finite may be NaN
-            return f"image {row['index']} has {name} {value!r}, and the index says {row[name]!r}."
+            here, there = (x.hex() if isinstance(x, bytes) else repr(x) for x in (value, row[name]))
+            return f"image {row['index']} has {name} {here}, and the index says {there}."
     return ""
 
 

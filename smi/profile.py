@@ -13,6 +13,7 @@ import smi_kernels
 from smi.adapters.timm import SparseModel
 from smi.config import Config
 from smi.errors import SmiError
+from smi.files import atomic_file, writing
 from smi.inversion import Inversion
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,7 +93,8 @@ def profile(
         proton: whether an iteration also runs under Triton's own profiler, which writes ``smi-profile.hatchet``.
 
     Raises:
-        SmiError: a model that runs on timm's modules, with every reason; or no such number of patches.
+        SmiError: a model that runs on timm's modules, with every reason; no such number of patches; no way to write
+            `trace`.
     """
     if model.vit is None:
         raise SmiError(
@@ -104,6 +106,10 @@ def profile(
     if not 1 <= kept <= patches:
         raise SmiError(f"kept is {kept}; expected 1 to {patches}, the patches of {model.info.name}.")
     inversion = in_phase(model, batch_size, kept)
+    if trace is not None:  # first, for a file that cannot be written would cost what was measured
+        _write_trace(inversion, trace)
+    if proton:
+        _run_proton(inversion)
     with smi_kernels.record_operations() as operations:
         inversion.step()
     copy, matmul = smi_kernels.ceilings(model.device, DTYPES[model.precision])
@@ -126,10 +132,6 @@ def profile(
         )
         for operation in sorted(operations, key=lambda o: -o.seconds * o.calls)
     ]
-    if trace is not None:
-        _write_trace(inversion, trace)
-    if proton:
-        _run_proton(inversion)
     return Profile(
         model=model.info.name,
         where=model.where,
@@ -182,8 +184,10 @@ def _write_trace(inversion: Inversion, path: Path) -> None:
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler, smi_kernels.spans():
         inversion.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temp:
+            profiler.export_chrome_trace(str(temp))
 
 
 def _run_proton(inversion: Inversion) -> None:

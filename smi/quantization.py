@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -99,6 +100,27 @@ class QuantizedModel(nn.Module):
         return logits
 
 
+def check_out(out: str | Path, *, onnx: bool = False, overwrite: bool = False) -> Path:
+    """`out`, absolute, where `Quantized.save` may write; asked before a calibration whose result would be lost.
+
+    Raises:
+        SmiError: as `Quantized.save`, but for full disks and files that disagree.
+    """
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out) and not (overwrite and (out / RECORD).is_file()):
+        mend = "choose another folder" + ("" if overwrite else ", or replace an earlier quantization with overwrite")
+        raise SmiError(f"{str(out)!r} already exists; {mend}.")
+    if out.is_symlink():
+        raise SmiError(f"{str(out)!r} is a link, which is not replaced; name the folder that it leads to.")
+    with writing(out):
+        os.rmdir(tempfile.mkdtemp(dir=next(folder for folder in out.parents if os.path.lexists(folder))))
+    if onnx:
+        from smi.quantization_onnx import check_packages
+
+        check_packages()
+    return out
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A quantized network in memory.
@@ -136,14 +158,7 @@ class Quantized:
             SmiError: `out` exists, cannot be written, onnx or onnxscript is missing, or a file agrees with the network
                 in memory on less than 99 % of the images (90 % of noise).
         """
-        out = Path(os.path.abspath(out))
-        if os.path.lexists(out) and not (overwrite and (out / RECORD).is_file()):
-            mend = "choose another folder" + (
-                "" if overwrite else ", or replace an earlier quantization with overwrite"
-            )
-            raise SmiError(f"{str(out)!r} already exists; {mend}.")
-        if out.is_symlink():
-            raise SmiError(f"{str(out)!r} is a link, which is not replaced; name the folder that it leads to.")
+        out = check_out(out, onnx=onnx, overwrite=overwrite)
         with writing(out, self.float_bytes * (2 if onnx else 1)), temp_folder(out) as temp:
             record = self._write(temp, onnx)
             put_folder(temp, out, replace=overwrite)

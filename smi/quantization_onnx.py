@@ -17,17 +17,26 @@ from smi.errors import SmiError
 OPSET = 18
 
 
+def check_packages() -> None:
+    """Raises `SmiError` if onnx, onnxscript or onnxruntime is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise _missing(error) from None
+
+
 def save_onnx(program: Any, example: Tensor, path: Path) -> None:
     """Write an exported, converted program; its input is ``images``, its output ``logits``, the batch is free.
 
     Raises:
-        SmiError: onnx or onnxscript is missing.
+        SmiError: a package is missing.
     """
-    try:
-        import onnx
-        import onnxscript
-    except ImportError as error:
-        raise _missing(error) from None
+    check_packages()
+    import onnx
+    import onnxscript
+
     op: Any = onnxscript.opset18
 
     def quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:

@@ -127,6 +127,7 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
     )
 
 
+MAX_IMAGES = 10**8  # numbered with eight digits in packed pools; the plan of more would not fit into memory
 ROWS = ("images", "keep", "dropped_at", "targets", "indices", "logits")
 
 
@@ -156,15 +157,16 @@ class WorkPlan:
                 `batch_size` images.
 
         Raises:
-            SmiError: no class, a class outside ``range(num_classes)``, no image.
+            SmiError: no class, a class outside ``range(num_classes)``, no image, or more than fit into a pool.
         """
         if not classes:
             raise SmiError("no class was given; name at least one, e.g. 0.")
         for target in classes:
             if not 0 <= target < num_classes:
                 raise SmiError(f"class {target} does not exist; the model has classes 0 to {num_classes - 1}.")
-        if num_images < 1:
-            raise SmiError(f"{num_images} images were asked for; expected at least 1.")
+        if not 1 <= num_images <= MAX_IMAGES:
+            bound = "at least 1" if num_images < 1 else f"at most {MAX_IMAGES:,} in one pool"
+            raise SmiError(f"{num_images} images were asked for; expected {bound}.")
         if num_images % repeat:
             raise SmiError(
                 f"{num_images} images were asked for, and every trajectory makes {repeat}; ask for "

@@ -94,8 +94,8 @@ class TransferConfig:
                 raise SmiError(f"{name} is {value}; expected a positive number.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise SmiError(f"weight_decay is {self.weight_decay}; expected 0 or a positive number.")
-        if abs(self.seed) >= _SEEDS:
-            raise SmiError(f"seed is {self.seed}; expected a number below {_SEEDS}.")
+        if not 0 <= self.seed < _SEEDS:
+            raise SmiError(f"seed is {self.seed}; expected a whole number from 0, below {_SEEDS}.")
         if not 0 < self.holdout < 1:
             raise SmiError(f"holdout is {self.holdout}; expected a share between 0 and 1.")
 

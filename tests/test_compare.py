@@ -269,7 +269,7 @@ def test_the_page_shows_both_measurements(whole: tuple[Path, dict[str, Any]]) ->
     folder, record = whole
     assert json.loads((folder / "out" / "compare.json").read_text()) == record
     text = (folder / "out" / "compare.md").read_text()
-    assert text == page(record)
+    assert text == page(record) and "conclude nothing" not in text
     assert "## Equal number of operations" in text and "## Equal number of images" in text
     equal, counted, moved = (part.splitlines() for part in text.split("\n## ")[1:])
     for name in record["methods"]:
@@ -449,10 +449,25 @@ def test_the_command_prints_the_page(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert (tmp_path / "compare.md").read_text() in done.stdout
     assert "teacher agrees" in done.stdout and "No judge was named" in done.stdout
-    assert "conclude nothing" in done.stdout and "4/4 seed 1: sparse, 4 images, images" in done.stderr
+    assert "conclude nothing" in (tmp_path / "compare.md").read_text().split("## ")[0]
+    assert "4/4 seed 1: sparse, 4 images, images" in done.stderr
     pool = Pool(tmp_path / "pools" / "sparse-1")
     assert pool.plan.targets == (1, 2, 1, 2) and pool.config.iterations == 8
     alone = CliRunner().invoke(app, ["compare", "--judge-checkpoint", "x.pth", "--out", str(tmp_path)])
     assert alone.exit_code == 2 and "--judge-checkpoint goes with --judge" in alone.stderr
-    wrong = CliRunner().invoke(app, ["compare", "--strategies", "dens", "--out", str(tmp_path)])
-    assert wrong.exit_code == 2 and "unknown strategy 'dens'" in wrong.stderr
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--strategies", "dens"], "unknown strategy 'dens'"),
+        (["-n", "0"], "images is 0; expected at least 1"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["--limit", "0"], "limit is 0; expected at least 1"),
+        (["--points", ""], "points are []; expected at least one"),
+        (["--seeds", "1.5"], "--seeds is '1.5'; expected whole numbers"),
+        (["--seeds", "inf"], "--seeds is 'inf'; expected whole numbers"),
+        (["--set", "strategy=dense"], "--set strategy=dense is of no use to a comparison; give --strategies"),
+        (["--set", "seed=2"], "--set seed=2 is of no use to a comparison; give --seeds"),
+        (["--out", str(tmp_path / "file")], "file/settings.json': Not a directory; choose another folder"),
+    ):
+        wrong = CliRunner().invoke(app, ["compare", "--out", str(tmp_path / "new"), *words])
+        assert wrong.exit_code == 2 and message in wrong.stderr and wrong.stderr.count("\n") == 1, words
+    assert not (tmp_path / "new").exists()

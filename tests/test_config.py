@@ -56,6 +56,7 @@ def test_published_schedule() -> None:
         ({"prune_at": (5,), "prune_ratio": (math.nan,)}, "prune_ratio contains nan"),
         ({"iterations": 300}, "prune_at contains 300, but iterations is 300. Raise iterations above 300"),
         ({"iterations": 0}, "iterations is 0; expected at least 1"),
+        ({"iterations": 10**7 + 1}, "iterations is 10000001; expected at most 10,000,000"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"tv2": -1.0}, "tv2 is -1.0; expected a finite number"),

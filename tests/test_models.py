@@ -174,8 +174,12 @@ def test_names_that_are_not() -> None:
         smi.load_model("deit_tny_patch16_224")
     with pytest.raises(SmiError, match=r"Did you mean 'embedded:teacher'"):
         smi.load_model("embedded:teache")
-    with pytest.raises(SmiError, match=r"embedded:judge is complete in itself; leave out checkpoint"):
-        smi.load_model("embedded:judge", img_size=64)
+    with pytest.raises(SmiError, match=r"embedded:judge is complete in itself, weights included; leave out img_size\."):
+        smi.load_model("embedded:judge", img_size=0)
+    with pytest.raises(SmiError, match=r"leave out num_classes, pretrained=False \(--no-pretrained\)"):
+        smi.load_model("embedded:teacher", num_classes=10, pretrained=False)
+    with pytest.raises(SmiError, match=r"num_classes is -4; expected the length of the head, or 0 for none"):
+        smi.load_model("resnet10t", pretrained=False, num_classes=-4)
     with pytest.raises(SmiError, match=r"resnet10t cannot be created with \{'img_size': 64\}"):
         smi.load_model("resnet10t", pretrained=False, img_size=64)
     for pretrained in (True, False):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -158,6 +159,11 @@ def test_an_index_that_points_to_another_image_is_found(copy: Path) -> None:
     rewrite(copy, swap)
     rewrite(copy, lambda rows: rows[5].update({"class": 3}))
     assert verify(copy).problems == ["shard-000001.tar: image 5 has class 1, and the index says 3."]
+    rewrite(copy, lambda rows: rows[5].update({"class": 1, "sha256": bytes(32)}))
+    (problem,) = verify(copy).problems
+    assert re.fullmatch(
+        rf"shard-000001.tar: image 5 has sha256 [0-9a-f]{{64}}, and the index says {'0' * 64}\.", problem
+    )
     rewrite(copy, lambda rows: rows[5].update({"class": 4}))
     with pytest.raises(smi.SmiError, match="names classes that the model lacks"):
         stats(copy)

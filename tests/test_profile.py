@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_bytes_are_operands_once_and_what_is_changed_twice() -> None:
 def test_the_command_prints_a_table_or_json_and_writes_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "traces" / "one.json"
     args = ["profile", "--batch-size", "2", "--kept", "16", "--trace", str(path), "--device", DEVICE]
-    shown = CliRunner().invoke(app, args)
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, args)
     assert shown.exit_code == 0, shown.output
     assert "2 images, 16 patches" in shown.output and "iteration" in shown.output and "ceilings" in shown.output
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
@@ -83,6 +84,10 @@ def test_the_command_prints_a_table_or_json_and_writes_a_trace(tmp_path: Path) -
     found: dict[str, Any] = json.loads(CliRunner().invoke(app, [*args[:5], "--json", "--device", DEVICE]).output)
     assert found["kept"] == 16 and found["trace"] is None
     assert {"attention", "pixel_step", "norm_linear_gelu"} <= {row["name"] for row in found["rows"]}
+    for row in found["rows"]:  # whole, in a narrow terminal too
+        assert re.search(
+            rf"(?m)^{row['name']} +{'x'.join(map(str, row['shape'])) if DEVICE == 'cpu' else ''}", shown.output
+        )
 
 
 def test_what_cannot_be_profiled_is_said() -> None:
@@ -90,6 +95,19 @@ def test_what_cannot_be_profiled_is_said() -> None:
         profile(smi.SparseModel(tiny(), backend="reference"))
     wrong = CliRunner().invoke(app, ["profile", "--tool", "vtune"])
     assert wrong.exit_code == 2 and "--tool is 'vtune'; expected proton or ncu" in wrong.output
+
+
+@needs_operators
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smi_kernels, "record_operations", lambda: pytest.fail("measured"))
+    model, file = smi.SparseModel(tiny().to(DEVICE)), tmp_path / "file"
+    file.write_text("")
+    for path in (file / "trace.json", tmp_path):
+        with pytest.raises(smi.SmiError, match=f"cannot write to '{path}'"):
+            profile(model, batch_size=1, trace=path)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @needs_operators

@@ -538,6 +538,9 @@ def test_commands(call: Call, tmp_path: Path) -> None:  # noqa: F811
     code, said, err = call("evaluate", out, "--data", tmp_path / "data", "--json")
     assert (code, err) == (0, "")
     assert (json.loads(said)["images"], json.loads(said)["classes"]) == (10, 10)
+    for words in (["--checkpoint", "x.pth"], ["--num-classes", 0], ["--img-size", 64], ["--no-pretrained"]):
+        code, said, err = call("evaluate", out, "--data", tmp_path / "data", *words)
+        assert (code, said) == (2, "") and f"a quantized model is complete in itself; leave out {words[0]}" in err
 
 
 def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> None:  # noqa: F811
@@ -561,3 +564,22 @@ def test_command_errors_are_one_line(call: Call, pool: Pool, tmp_path: Path) -> 
         assert (code, said) == (2, ""), words
         assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "q").exists()
+
+
+def test_what_cannot_be_written_is_told_before_the_calibration(
+    call: Call,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantization, "quantize", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--out", tmp_path], "already exists; choose another folder, or replace"),
+        (["--out", tmp_path, "--overwrite"], "already exists; choose another folder."),
+        (["--out", tmp_path / "file" / "q"], "Not a directory; choose a folder that you may write to"),
+        (["--out", tmp_path / "new" / "q", "--onnx"], "onnxscript cannot be imported"),
+    ):
+        code, said, err = call("quantize", "--noise", "8", *words)
+        assert (code, said) == (2, "") and message in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

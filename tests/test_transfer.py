@@ -358,6 +358,7 @@ def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
         (["--pool", "p", "--inversion", "demo"], "--inversion goes with --teacher"),
         (["--pool", "p", "--backend", "triton"], "--backend triton goes with --teacher"),
         (["--teacher", "embedded:teacher", "--holdout", "0.3"], "--holdout 0.3 goes with --pool"),
+        (["--pool", "p", "--teacher-classes", "0"], "--teacher-classes goes with --teacher"),
         (["--teacher", "embedded:teacher", "--inversion", "dmo"], "unknown preset 'dmo'"),
     ):
         shown = CliRunner().invoke(app, ["transfer", "resnet10t", "--no-pretrained", "--out", "o", *wrong])
@@ -373,7 +374,8 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
         ({"temperature": 0}, r"temperature is 0; expected a positive number"),
         ({"holdout": 1.0}, r"holdout is 1.0; expected a share between 0 and 1"),
         ({"epochs": 0}, r"epochs is 0; expected at least 1"),
-        ({"seed": 2**50}, r"seed is 1125899906842624; expected a number below 8796093022208"),
+        ({"seed": -1}, r"seed is -1; expected a whole number from 0, below 8796093022208"),
+        ({"seed": 2**50}, r"seed is 1125899906842624; expected a whole number from 0, below 8796093022208"),
         ({"weight_decay": -0.1}, r"weight_decay is -0.1; expected 0 or a positive number"),
         ({"weight_decay": math.nan}, r"weight_decay is nan; expected 0 or a positive number"),
     ):
@@ -424,6 +426,7 @@ def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path) -> None:
     assert "resnet10t, fed all patches: epoch" in shown.output and "student.safetensors" in shown.output
     found = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
     assert len(found["curve"]) == 2 and found["fed"] == "all"
+    assert f"epoch {found['best'] + 1} of 2 is the best" in shown.output
     again = CliRunner().invoke(app, args)  # done already, and no terminal
     assert again.stderr == "" and again.stdout == shown.stdout
     wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
