@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from smi.cli_options import EMBEDDED_TEACHER, ModelOptions, parse_classes, parse_numbers, parse_setting
+from smi.cli_progress import progress
 from smi.config import PRESETS, Config, preset_or_file
 from smi.errors import SmiError
 
@@ -193,8 +191,7 @@ def compare(options: CompareOptions) -> None:
 
     config = options.make_config()
     model = options.load(config)
-    bar, told = _progress(options.json)
-    with bar:
+    with progress("starting", silent=options.json, every=0.0) as told:
         record = run(
             model,
             options.out,
@@ -220,18 +217,6 @@ def _twin() -> Any:
     student: Any = build_teacher()
     student.pretrained_cfg = load_teacher().pretrained_cfg
     return student
-
-
-def _progress(silent: bool) -> tuple[AbstractContextManager[Any], Callable[[int, int, str], None]]:
-    """A bar in a terminal, lines in a log, nothing beside a JSON object."""
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
-        say = (lambda *_: None) if silent else (lambda done, total, what: console.print(f"{done}/{total} {what}"))
-        return nullcontext(), say
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("starting", total=None)
-    return bar, lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 def shortened(config: Config, factor: int) -> Config:

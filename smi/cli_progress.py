@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from smi.time_left import TimeLeft
 
@@ -16,6 +26,37 @@ if TYPE_CHECKING:
     from smi.config import Config
     from smi.inversion import Inversion
     from smi.state import ModelInfo, Result, WorkPlan
+
+
+LINE_EVERY = 10.0  # seconds between two lines of a log
+
+
+@contextlib.contextmanager
+def progress(what: str, *, silent: bool = False, every: float | None = None) -> Iterator[Callable[..., None]]:
+    """Of work that is no inversion, on stderr: a bar in a terminal, elsewhere a line now and then.
+
+    Args:
+        silent: tell nothing.
+        every: seconds before the first line and between two; None is `LINE_EVERY`.
+
+    Yields:
+        a function of what is done, the total, and a word on it.
+    """
+    console, last, wait = Console(stderr=True), time.monotonic(), LINE_EVERY if every is None else every
+    if console.is_terminal and not silent:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total, said=what: bar.update(task, completed=done, total=total, description=said)
+        return
+
+    def line(done: int, total: int, said: str = what) -> None:
+        nonlocal last
+        if not silent and time.monotonic() - last >= wait:
+            console.print(f"{done}/{total} {said}", markup=False, highlight=False, soft_wrap=True)
+            last = time.monotonic()
+
+    yield line
 
 
 class Reporter:

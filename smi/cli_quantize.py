@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from smi.cli_options import ModelOptions
-from smi.cli_progress import size
+from smi.cli_progress import progress, size
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
@@ -154,7 +152,7 @@ def evaluate(options: EvaluateOptions) -> None:
             options.data, transform, num_classes=classes, class_names=labels, download=options.download
         )
         pairs.append((compiled(model, options.batch_size, config["input_size"]) if options.compile else model, dataset))
-    with _bar("evaluating") as tell:
+    with progress("evaluating") as tell:
         found = evaluate_together(
             pairs, batch_size=options.batch_size, limit=options.limit, device=device, on_batch=tell
         )
@@ -247,7 +245,7 @@ def quantize(options: QuantizeOptions) -> None:
     pool = None if options.pool is None else open_pool(options.pool)
     model = options.build(seed=0 if pool is None else pool.config.seed)
     calibration = _calibration(options, model, pool)
-    with _bar("calibrating") as tell, _bar("refining") as tell_step:
+    with progress("calibrating") as tell, progress("refining") as tell_step:
         made = make(
             model,
             calibration,
@@ -308,13 +306,3 @@ def _print(record: dict[str, Any]) -> None:
     for file, share in record["agreement"].items():
         if file != "images":
             print(f"agreement   {file}: {share:.1%} of {record['agreement']['images']} images held out")
-
-
-@contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr, else nothing; called with what is done and the total."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

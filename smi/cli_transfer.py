@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
+from smi.cli_progress import progress
 from smi.config import PRESETS, preset_or_file
 from smi.errors import SmiError
 
@@ -137,17 +136,17 @@ def transfer(options: TransferOptions) -> None:
         seed=options.seed,
     )
     student = options.build(options.seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("epochs", total=config.epochs)
+    with progress("epochs", silent=options.json) as tell:
+        finished = 0
 
         def told(number: int, epoch: Epoch) -> None:
-            said = f"loss {epoch.loss:.4f}, agreement {epoch.agreement:.1%}"
-            bar.update(task, completed=number + 1, description=said)
+            nonlocal finished
+            finished = number + 1
+            tell(finished, config.epochs, f"epochs: loss {epoch.loss:.4f}, agreement {epoch.agreement:.1%}")
 
         def inverting(batch: int, loop: Inversion) -> None:
-            bar.update(task, description=f"batch {batch}: iteration {loop.iteration}/{loop.config.iterations}")
+            said = f"epochs, batch {batch}: iteration {loop.iteration}/{loop.config.iterations}"
+            tell(finished, config.epochs, said)
 
         images = options.make_synthesis(inverting) if options.pool is None else options.pool
         found = teach(student, images, options.out, config, name=options.model, device=options.device, progress=told)

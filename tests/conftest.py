@@ -6,6 +6,7 @@ Tests of a module that holds a `kernels.Kernels` run once for each implementatio
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -49,6 +50,12 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     with cuda_operators() if Kernels.module == "cuda" else contextlib.nullcontext():
         yield
     Kernels.module = "kernels"
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that take long on a busy machine say no more than on an idle one."""
+    monkeypatch.setattr("smi.cli_progress.LINE_EVERY", math.inf)
 
 
 def cuda_operators() -> contextlib.AbstractContextManager[None]:

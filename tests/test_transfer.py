@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,13 +417,15 @@ def test_a_folder_of_another_run_or_a_damaged_one_is_refused(pool: Path, tmp_pat
         teach(student(), pool, tmp_path, SHORT)
 
 
-def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [
         "transfer", "resnet10t", "--no-pretrained", "--num-classes", str(CLASSES), "--pool", str(pool), "--out",
         str(tmp_path / "r10"), "--epochs", "2", "--mode", "finetune", "--device", "cpu",
     ]  # fmt: skip
+    monkeypatch.setattr("smi.cli_progress.LINE_EVERY", 0.0)
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0, shown.output
+    assert re.fullmatch(r"1/2 epochs: loss [\d.]+, agreement [\d.]+%\n2/2 epochs: .*\n", shown.stderr), "no terminal"
     assert "resnet10t, fed all patches: epoch" in shown.output and "student.safetensors" in shown.output
     found = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
     assert len(found["curve"]) == 2 and found["fed"] == "all"
