@@ -85,9 +85,11 @@ def merge_moments(mean, squares, x, first, D, COUNT: tl.constexpr, WIDTH: tl.con
     inside = (tl.arange(0, WIDTH) < count)[None, :]
     mean_x = tl.sum(tl.where(inside, x, 0.0), axis=1) / tl.maximum(count, 1)
     apart = tl.where(inside, x - mean_x[:, None], 0.0)
-    share = count / tl.maximum(count + COUNT, 1)
-    squares += tl.sum(apart * apart, axis=1) + (mean_x - mean) * (mean_x - mean) * (share * COUNT)
-    return mean + (mean_x - mean) * share, squares
+    share = count.to(x.dtype) / tl.maximum(count + COUNT, 1)  # of integers it would be a float32
+    between = mean_x - mean
+    # In this order, so that a mean whose square would overflow does not make NaN of nothing to merge with.
+    squares += tl.sum(apart * apart, axis=1) + between * (between * (share * COUNT))
+    return mean + between * share, squares
 
 
 @triton.jit

@@ -132,6 +132,35 @@ for capability in aot.SHARED_MEMORY:
 """
 
 
+UNEVEN = """
+import torch
+from smi_kernels import aot, tuning
+from smi_kernels.launch import record_launches
+from smi_kernels.linear import kernels
+
+def empty(*shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device="meta")
+
+low = torch.bfloat16
+with record_launches() as launches, tuning.assuming(90):
+    for width, hidden in ((200, 800), (208, 832), (384, 1000)):
+        rows, weight = empty(16384, width, dtype=low), empty(hidden, width, dtype=low)
+        wide, weight2 = empty(16384, hidden, dtype=low), empty(width, hidden, dtype=low)
+        vector = empty(hidden)
+        kernels.norm_linear(rows, empty(16384, -(-width // 64), 2), weight, vector, vector, 1e-6, torch.float32)
+        kernels.linear_residual(wide, weight2, vector[:width], empty(16384, width))
+        kernels.linear_gelu_dx(rows, weight2, wide, vector, vector)
+for launch in launches:
+    found = aot.compile_launch(launch, 90)
+    if found.spills or (launch.args["BLOCK_M"], launch.args["BLOCK_N"]) != (128, 128):
+        print(found)
+"""
+
+
+def test_widths_that_are_no_multiples_of_16_do_not_spill() -> None:
+    pytest.importorskip("triton._C.libtriton")
+    assert plain(UNEVEN) == ""
+
+
 def test_workloads_meet_every_shipped_tile() -> None:
     assert plain(COVERED) == ""
 

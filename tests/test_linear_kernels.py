@@ -132,6 +132,24 @@ def test_what_cannot_be_fetched_in_tiles_is_loaded() -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("D", [5, 37, 63, 100])
+@pytest.mark.parametrize("size", [(16, 64, 16), (16, 128, 16)], ids=str)
+def test_statistics_merge_without_a_loss(size: tuple[int, int, int], D: int) -> None:
+    """Of chunks that are broken anywhere; of float64 to the last bits, and of means whose squares would overflow."""
+    generator = torch.Generator().manual_seed(D)
+    rows = torch.randn(7, D, generator=generator, dtype=torch.float64).to(DEVICE)
+    for residual in (rows + 3.0, rows.float() + 1000.0, (rows * 1e18 + 1e20).float()):
+        a, weight = residual.new_zeros(7, 16), residual.new_zeros(D, 16)
+        with tuning.forcing(tuning.Tile(*size, 4, 1)), poisoned():
+            _, _, stats = kernels.linear_residual(a, weight, residual.new_zeros(D), residual)
+        mean, squares = stats.double().unbind(-1)
+        expected_mean, expected = reference.row_statistics(residual.double()).unbind(-1)
+        tolerance = 1e-13 if residual.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(mean, expected_mean, rtol=tolerance, atol=0)
+        torch.testing.assert_close(squares, expected, rtol=100 * tolerance, atol=0)
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
 def test_the_vendor_sums_in_float32_and_the_callers_settings_come_back(precision: str) -> None:
     matmul = torch.backends.cuda.matmul
@@ -169,6 +187,7 @@ def test_a_users_table_chooses_the_tile_of_a_shape(tmp_path: Path, monkeypatch: 
         '{"shapes": {"linear 16-bit 376x192x768": [128, 64, 64, 8, 2]}}',
         '{"shapes": {"embed_tokens 16-bit 376x192x768": [64, 64, 64, 4, 1, "vendor"]}}',
         '{"shapes": {"linear_dx 16-bit 376x192x768": [64, 64, 64, 4, 1, "cutlass"]}}',
+        '{"shapes": {"linear_residual 16-bit 376x192x768": [64, 32, 64, 4, 1]}}',
         '{"shapes": {"linear_dx 16-bit 376x192x768": [64, 64, 64, 4, 1, "tma", 0]}}',
         '{"shapes": [1]}',
         "[]",

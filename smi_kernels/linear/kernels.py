@@ -28,7 +28,9 @@ from smi_kernels.tiles import (
     wait_for_previous,
 )
 
-_NARROW = tl.constexpr(32)  # columns of a chunk of the longer epilogues
+# Columns of a chunk: of an epilogue, and of that which has the most to keep, and spills otherwise with triton 3.6.
+_NARROW = tl.constexpr(32)
+_NARROWER = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -115,12 +117,12 @@ def linear_residual_kernel(
         a_ptr, weight_ptr, rows, columns, first_row, first_column, M, D, K, K, True,
         BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    parts = column_chunks(product, BLOCK_M, BLOCK_N, _NARROW)
+    parts = column_chunks(product, BLOCK_M, BLOCK_N, _NARROWER)
     mean = tl.zeros((BLOCK_M,), COMPUTE)
     squares = tl.zeros((BLOCK_M,), COMPUTE)
-    for i in tl.static_range(BLOCK_N // _NARROW):
-        first = first_column + i * _NARROW
-        columns = first + tl.arange(0, _NARROW)
+    for i in tl.static_range(BLOCK_N // _NARROWER):
+        first = first_column + i * _NARROWER
+        columns = first + tl.arange(0, _NARROWER)
         inside = (rows < M)[:, None] & (columns < D)[None, :]
         x = parts[i] + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
         x += tl.load(
@@ -130,8 +132,8 @@ def linear_residual_kernel(
         tl.store(x_ptr + at, x, mask=inside)
         if HAS_LOW:
             tl.store(x_low_ptr + at, x.to(x_low_ptr.dtype.element_ty), mask=inside)
-        mean, squares = merge_moments(mean, squares, x, first, D, i * _NARROW % STAT_CHUNK, _NARROW)
-        if (i + 1) * _NARROW % STAT_CHUNK == 0:
+        mean, squares = merge_moments(mean, squares, x, first, D, i * _NARROWER % STAT_CHUNK, _NARROWER)
+        if (i + 1) * _NARROWER % STAT_CHUNK == 0:
             chunk = first // STAT_CHUNK
             pairs = stats_ptr + rows.to(tl.int64) * stats_stride_m + chunk * 2
             mask = (rows < M) & (chunk * STAT_CHUNK < D)

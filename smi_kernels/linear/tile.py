@@ -129,6 +129,10 @@ def launch_tiles(
         elif by == "vendor" and M:
             args = {**args, left: product(a, weight.T if weight_is_out_by_k else weight, precision)}
         args["BY"] = by
+    if (
+        K % 16 or N % 16
+    ):  # whose elements come one by one, and take registers that are not there where programs share them
+        tile = tile._replace(programs=1)
     launch(
         kernel,
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),),

@@ -149,6 +149,7 @@ def _user_shapes(file: Path) -> dict[str, list[Any]]:
             known = operation in _table()[arithmetic] and [int(n) > 0 for n in shape.split("x")] == [True] * 3
             tile = Tile(*entry)
             sizes = all(type(n) is int and n > 0 for n in (*tile[:5], tile.programs))
+            sizes = sizes and tile.n % 64 == 0  # chunks of row statistics are whole
             sensible = tile.by == "pointers" or (tile.by in ("tma", "vendor") and operation not in _GATHERS)
             if not (known and sizes and sensible):
                 raise ValueError(f"entry {name!r}: {entry}")
