@@ -152,8 +152,9 @@ def launch_tiles(
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch tiles of `x` (M, K): 16-byte addresses and rows, not empty."""
-    return x.numel() > 0 and (x.data_ptr() | x.stride(0) * x.itemsize) % 16 == 0 and x.stride(1) == 1
+    """Whether the tensor memory accelerator can fetch tiles of `x` (M, K): 16-byte addresses, rows that lie apart."""
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x.numel() > 0 and apart and (x.data_ptr() | x.stride(0) * x.itemsize) % 16 == 0
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
