@@ -20,9 +20,8 @@ if not torch.cuda.is_available():
 
 from kernels import BACKENDS, DEVICE, Kernels, emulated
 
-
-# Autograd starts its threads at the first backward, for the devices that are known by then, and opcheck makes some known
-# that are none. A process with such threads has no autograd in what it forks, and some tests fork.
+# Autograd starts its threads at the first backward, for all devices known by then, and opcheck makes some known that
+# are none. A process with such threads has no autograd in what it forks, and some tests fork.
 torch.ones((), requires_grad=True).backward()
 
 
