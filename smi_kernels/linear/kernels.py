@@ -28,7 +28,7 @@ from smi_kernels.tiles import (
     wait_for_previous,
 )
 
-# Columns of a chunk: of an epilogue, and of that which has the most to keep, and spills otherwise with triton 3.6.
+# Columns of a chunk of an epilogue, and of the one that has most to keep: with triton 3.6 it spills at 32.
 _NARROW = tl.constexpr(32)
 _NARROWER = tl.constexpr(16)
 

@@ -129,9 +129,8 @@ def launch_tiles(
         elif by == "vendor" and M:
             args = {**args, left: product(a, weight.T if weight_is_out_by_k else weight, precision)}
         args["BY"] = by
-    if (
-        K % 16 or N % 16
-    ):  # whose elements come one by one, and take registers that are not there where programs share them
+    # Elements of such rows come one by one, and take registers that are not there where programs share them.
+    if K % 16 or N % 16:
         tile = tile._replace(programs=1)
     launch(
         kernel,
