@@ -287,9 +287,8 @@ def _label_by_name(folder: Any, num_classes: int, class_names: Sequence[str]) ->
     names = [slug(name) for name in class_names] or [str(number) for number in range(num_classes)]
     ways = (names, [f"{name}-{number}".lstrip("-") for number, name in enumerate(names)])
     for way in ways:
-        mine = [
-            name if name in way else slug(name) for name in folder.classes
-        ]  # slugs are cut, numbers behind them too
+        # Slugs are cut, numbers behind them too: cut once more they would be other names.
+        mine = [name if name in way else slug(name) for name in folder.classes]
         if len(set(way)) == len(way) and set(mine) == set(way):
             label = {number: way.index(name) for number, name in enumerate(mine)}
             folder.target_transform = label.__getitem__

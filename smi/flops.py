@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from smi.adapters.timm import SparseModel
 
 
-# Of each network by patches, batch and the share that merging leaves. To count takes as long as a hundred iterations on
-# a GPU, and every batch asks again at each of its prunings.
+# Of each network by patches, batch and the share that merging leaves. To count takes the host a forward and a
+# backward, and every batch asks again at each of its prunings.
 _counted: weakref.WeakKeyDictionary[SparseModel, dict[Any, int]] = weakref.WeakKeyDictionary()
 
 

@@ -426,8 +426,6 @@ def linear_gelu_dx(
     du = torch.empty(M, OUT, dtype=u.dtype, device=u.device)
     dstats = torch.empty(M, chunks(OUT), 2, dtype=colsum.dtype, device=u.device)
     tile = tuning.tile("linear_gelu_dx", dy.dtype, M, OUT, D, precision, dy.device)
-    if kind != "erf":  # whose slopes take registers that are not there where programs share them
-        tile = tile._replace(programs=1)
     args = {
         "dy_ptr": dy.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -442,7 +440,7 @@ def linear_gelu_dx(
         "dstats_stride_m": dstats.stride(0),
         "GELU": kind,
     }
-    launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, "dy_ptr")
+    launch_tiles(linear_gelu_dx_kernel, args, tile, M, OUT, D, precision, colsum.dtype, "dy_ptr", frugal=kind == "erf")
     return du, dstats
 
 
@@ -464,8 +462,6 @@ def norm_linear_dx(
     dx = torch.empty(M, D, dtype=moments.dtype, device=du.device)
     dx_low = _empty_low(dx, weight.dtype)
     tile = tuning.tile("norm_linear_dx", du.dtype, M, D, OUT, precision, du.device)
-    if extra is not None:  # which takes registers that are not there where programs share them
-        tile = tile._replace(programs=1)
     args = {
         "du_ptr": du.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -488,7 +484,7 @@ def norm_linear_dx(
         "HAS_EXTRA": extra is not None,
         "HAS_LOW": dx.dtype != weight.dtype,
     }
-    launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, "du_ptr")
+    launch_tiles(norm_linear_dx_kernel, args, tile, M, D, OUT, precision, moments.dtype, "du_ptr", frugal=extra is None)
     return dx, dx_low
 
 

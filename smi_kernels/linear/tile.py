@@ -110,6 +110,7 @@ def launch_tiles(
     compute: torch.dtype,
     left: str | None = None,
     weight_is_out_by_k: bool = False,
+    frugal: bool = True,
 ) -> None:
     """Launch one program for each tile of an (M, N) result whose sums run over K.
 
@@ -117,6 +118,8 @@ def launch_tiles(
         left: name of the left operand, of a kernel that can have its product of ``weight_ptr`` by other means than
             loads through pointers (`tuning.Tile.by`).
         weight_is_out_by_k: whether the weight is (N, K); (K, N) otherwise.
+        frugal: whether the epilogue leaves registers enough where programs share them; slopes of GELU's approximations
+            and an extra gradient do not, nor do widths that are no multiples of 16, whose elements come one by one.
     """
     by = tile.by
     if left is not None:
@@ -129,8 +132,7 @@ def launch_tiles(
         elif by == "vendor" and M:
             args = {**args, left: product(a, weight.T if weight_is_out_by_k else weight, precision)}
         args["BY"] = by
-    # Elements of such rows come one by one, and take registers that are not there where programs share them.
-    if K % 16 or N % 16:
+    if not frugal or K % 16 or N % 16:
         tile = tile._replace(programs=1)
     launch(
         kernel,
