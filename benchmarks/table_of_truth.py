@@ -310,6 +310,10 @@ def main() -> None:
     theirs = once(bench.work / "settings.json", lambda: mine)
     if theirs != json.loads(json.dumps(mine)):
         raise SmiError(f"{args.work!r} holds figures of other settings; choose another --work.")
+    for name in ("test", "real"):  # apart, since a result is to name no folder of anyone's
+        place = {"place": getattr(args, name)}
+        if place["place"] and once(bench.work / f"{name}.json", lambda place=place: place) != place:  # type: ignore[misc]
+            raise SmiError(f"{args.work!r} holds figures of other --{name} images; choose another --work.")
     columns = cells(args, bench)
     table: dict[str, Any] = {}
     for seed in args.seeds:  # outermost, so that whole seeds are done when time runs out

@@ -19,14 +19,7 @@ from typer.core import TyperGroup
 from smi._version import __version__
 from smi.cli_compare import CompareOptions, compare
 from smi.cli_losses import losses
-from smi.cli_options import (
-    EMBEDDED_TEACHER,
-    InvertOptions,
-    ModelOptions,
-    command_options,
-    parse_duration,
-    parse_shard,
-)
+from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options
 from smi.cli_plan import PlanOptions, plan, show_plan
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
@@ -34,6 +27,7 @@ from smi.cli_progress import duration, emit, make_reporter, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
+from smi.cli_words import parse_duration, parse_shard
 from smi.errors import SmiError
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smi.cli_options import EMBEDDED_TEACHER, ModelOptions, parse_classes, parse_numbers, parse_setting
+from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
 from smi.cli_progress import progress
+from smi.cli_words import parse_classes, parse_numbers, parse_setting
 from smi.config import PRESETS, Config, preset_or_file
 from smi.errors import SmiError
 

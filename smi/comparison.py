@@ -35,7 +35,8 @@ from smi.comparison_plan import CompareConfig, allot, flops_per_image
 from smi.config import Config
 from smi.errors import SmiError
 from smi.evaluation import data_config, data_transform, evaluate, open_dataset
-from smi.pool import Pool, atomic_write, writing
+from smi.files import atomic_write, check_own, writing
+from smi.pool import Pool
 from smi.pool_tools import FirstImages
 from smi.predict import predict
 from smi.rebirth import updates
@@ -72,6 +73,7 @@ class Comparison:
         self.judge = own_judge(model.info) if judge is None else judge
         self.data, self.student, self.lesson = data, student if data is not None else None, lesson
         self._progress, self._done = progress, 0
+        check_own(out, "comparison", ("settings.json",))
         self._check_uses()
         classes = range(model.info.num_classes) if how.classes is None else how.classes
         self.classes = list(classes)

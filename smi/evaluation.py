@@ -69,7 +69,8 @@ def evaluate(
         on_batch: called with the number of images done and of all.
 
     Raises:
-        SmiError: no image, batch size or limit below 1, logits that are not (B, classes), a label that is no class.
+        SmiError: no image, items that are no pairs, batch size or limit below 1, logits that are not (B, classes), a
+            label that is no class.
     """
     pairs = [(model, dataset)]
     (found,) = evaluate_together(
@@ -119,6 +120,9 @@ def evaluate_together(
         for model, _ in pairs:
             modes.enter_context(evaluating(model))
         for number, batches in enumerate(zip(*loaders, strict=True)):
+            for batch in batches:
+                if not (isinstance(batch, (list, tuple)) and len(batch) == 2):
+                    raise SmiError(f"the data set gives {_contents(batch)}; expected pairs (image, class index).")
             labels = batches[0][1]
             if not all(torch.equal(labels, others) for _, others in batches):
                 raise SmiError("the data sets have other labels for the same images; expected the same ones.")
@@ -133,6 +137,11 @@ def evaluate_together(
                 on_batch(done, total)
     seconds = time.perf_counter() - began
     return [tally.evaluation(done, seconds) for tally in tallies]
+
+
+def _contents(batch: Any) -> str:
+    """What the items of a batch are, for a message."""
+    return f"{len(batch)} values an item" if isinstance(batch, (list, tuple)) else f"{type(batch).__name__} batches"
 
 
 class _Tally:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from smi.errors import SmiError
@@ -87,6 +87,14 @@ def remove_temps(folder: Path, older: float = 0.0) -> None:
         with contextlib.suppress(FileNotFoundError):
             if TEMP.fullmatch(name) and (not older or time.time() - os.lstat(folder / name).st_mtime > older):
                 os.unlink(folder / name)
+
+
+def check_own(folder: Path, what: str, marks: Container[str]) -> None:
+    """Raises `SmiError` where `folder` holds files and none named in `marks`: they are somebody's, and no `what`."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # of which the writing will tell
+        names = sorted(name for name in os.listdir(folder) if not TEMP.fullmatch(name))
+        if names and not any(name in marks for name in names):
+            raise SmiError(f"{str(folder)!r} holds {names[0]!r} and no {what}; choose another folder.")
 
 
 def sync_folder(folder: Path) -> None:

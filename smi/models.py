@@ -59,6 +59,11 @@ def load_model(
     if img_size is not None:
         kwargs["img_size"] = img_size
     from_registry = not name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if from_registry and "/" in name:
+        raise SmiError(
+            f"unknown model {name!r}; a model of the hub is named hf-hub:{name}, a folder of timm's local-dir:{name}, "
+            f"and one that `smi quantize` has written, which `smi evaluate` takes, holds quantization.json."
+        )
     if from_registry and not timm.is_model(name.split(".")[0]):
         raise SmiError(f"unknown model {name!r}.{did_you_mean(name, [*EMBEDDED, *timm.list_models()])}")
     try:
@@ -116,6 +121,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         SmiError: no such file, not a checkpoint, or one that needs unpickling.
     """
+    if path.is_dir():
+        raise SmiError(f"the checkpoint {str(path)!r} is a folder; name the file in it, or the model local-dir:{path}.")
     if not path.is_file():
         raise SmiError(f"there is no checkpoint {str(path)!r}.")
     try:

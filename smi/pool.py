@@ -244,6 +244,8 @@ class Pool:
             check_inside(self.path, file)
             result = decode(file)
             check_result(result, self.info, self.plan, batch)
+        except PermissionError as error:
+            raise SmiError(f"cannot read the shard {str(file)!r}: {reason(error)}.") from None
         except DAMAGE as error:
             raise SmiError(
                 f"the shard {str(file)!r} is damaged ({reason(error)}); delete it and run the same command again: "

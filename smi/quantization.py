@@ -112,6 +112,12 @@ def check_out(out: str | Path, *, onnx: bool = False, overwrite: bool = False) -
         raise SmiError(f"{str(out)!r} already exists; {mend}.")
     if out.is_symlink():
         raise SmiError(f"{str(out)!r} is a link, which is not replaced; name the folder that it leads to.")
+    foreign = sorted(set(os.listdir(out)) - {RECORD, PROGRAM, ONNX}) if out.is_dir() else []
+    if foreign:
+        raise SmiError(
+            f"{str(out)!r} holds {foreign[0]!r} beside an earlier quantization and is not replaced; choose another "
+            f"folder."
+        )
     with writing(out):
         os.rmdir(tempfile.mkdtemp(dir=next(folder for folder in out.parents if os.path.lexists(folder))))
     if onnx:
@@ -155,8 +161,9 @@ class Quantized:
             The record, as in ``quantization.json``.
 
         Raises:
-            SmiError: `out` exists, cannot be written, onnx or onnxscript is missing, or a file agrees with the network
-                in memory on less than 99 % of the images (90 % of noise).
+            SmiError: `out` exists, or holds more than the quantization to replace, or cannot be written; onnx or
+                onnxscript is missing; a file agrees with the network in memory on less than 99 % of the images (90 % of
+                noise).
         """
         out = check_out(out, onnx=onnx, overwrite=overwrite)
         with writing(out, self.float_bytes * (2 if onnx else 1)), temp_folder(out) as temp:

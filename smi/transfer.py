@@ -31,7 +31,7 @@ from smi.adapters.timm_feed import TokenFeed
 from smi.dataset import Fill
 from smi.devices import resolve_device
 from smi.errors import SmiError, did_you_mean
-from smi.files import atomic_write, check_inside, remove_temps, writing
+from smi.files import atomic_write, check_inside, check_own, remove_temps, writing
 from smi.lessons import Lessons, Live, Stored, Synthesis
 from smi.pool import Pool
 from smi.state import ModelInfo
@@ -155,10 +155,12 @@ def teach(
 
     Raises:
         SmiError: classes that differ from the teacher's, an input size that does not fit, a pool with too few images,
-            a folder that holds another run, or a `smi.Synthesis` where another run is at work on the same folder.
+            a folder that holds another run or anything else, or a `smi.Synthesis` where another run is at work on the
+            same folder.
     """
     config, device = config or TransferConfig(), resolve_device(device)
     out = Path(out)
+    check_own(out, "transfer", (_LAST, _BEST, _RECORD, "pool", "workers"))
     source: Stored | Live
     alone: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if isinstance(images, Synthesis):

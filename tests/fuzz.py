@@ -24,7 +24,7 @@ from torch import nn
 
 import smi
 from smi import logs, packed, tar, transfer
-from smi.cli_options import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard
+from smi.cli_words import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard
 from smi.pool import Pool
 from smi.pool_tools import verify
 from smi.workers import Told, Workers

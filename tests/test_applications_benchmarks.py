@@ -79,6 +79,8 @@ def test_the_table_has_a_figure_for_every_source_and_seed(
     assert json.loads(file.read_text())["rows"] == record["rows"]
     with pytest.raises(smi.SmiError, match="figures of other settings"):
         command(monkeypatch, table_of_truth, *truth, "--images", 60)
+    with pytest.raises(smi.SmiError, match="figures of other --test images"):
+        command(monkeypatch, table_of_truth, *truth, "--test", tmp_path)
 
 
 def test_real_images_are_of_their_class_and_other_ones_for_another_seed(truth: list[object], tmp_path: Path) -> None:

@@ -249,6 +249,11 @@ def assert_one_line(result: tuple[int, str, str], message: str) -> None:
         (["--strategy", "sparce"], "Did you mean 'sparse'?"),
         (["--division", "3"], "--division goes with the strategy rebirth, and this is sparse"),
         (["--merge-to", "0.5"], "--merge-to goes with the strategy fusion, and this is sparse"),
+        (
+            ["--strategy", "random", "--ranking", "received_attention"],
+            "--ranking goes with the strategy sparse or rebirth, and this is random",
+        ),
+        (["--log-every", "5"], "--log-every 5 goes with --log or --tensorboard"),
         (["--strategy", "dense", "--prune-at", "4"], "prune_at has 1 entries"),
         (
             ["--strategy", "rebirth", "--prune-at", "4", "--prune-ratio", ".5"],

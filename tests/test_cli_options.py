@@ -12,8 +12,9 @@ import timm
 import torch
 from rich.console import Console
 
-from smi.cli_options import InvertOptions, parse_classes, parse_duration, parse_numbers, parse_setting
+from smi.cli_options import InvertOptions
 from smi.cli_progress import BarReporter, LineReporter, duration, size
+from smi.cli_words import parse_classes, parse_duration, parse_numbers, parse_setting
 from smi.config import PRESETS, Config
 from smi.errors import SmiError
 from smi.state import ModelInfo, WorkPlan

@@ -404,6 +404,8 @@ def test_a_refused_call_does_not_claim_the_folder(model: smi.SparseModel, tmp_pa
     assert f"seed is {2**50}; expected a whole number" in refused(late, data=data, student=lambda: tiny(3))
     assert "there are no images at 'nowhere'" in refused(HOW, data="nowhere")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SmiError, match=r"holds 'data' and no comparison; choose another folder"):
+        smi.compare(model, tmp_path, CONFIG, HOW, judge=tiny(3))
     dense = CompareConfig(strategies=("dense",), images=4, points=(1.0,))
     smi.compare(model, tmp_path / "out", CONFIG, dense, judge=tiny(3))
     more = CompareConfig(strategies=("dense",), images=5, points=(1.0,))

@@ -85,6 +85,8 @@ def test_parts_in_other_modes_than_the_whole_stay_in_them() -> None:
         ({"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, "data set is empty"),
         ({"dataset": numbers([6], [0], [1])}, "a label 6, the model has classes 0 to 5"),
         ({"dataset": numbers([1, -1, 2], [0] * 3, [1] * 3)}, "a label -1, the model has classes 0 to 5"),
+        ({"dataset": TensorDataset(IDENTITY, IDENTITY, IDENTITY)}, r"gives 3 values an item; expected pairs"),
+        ({"dataset": IDENTITY}, r"gives Tensor batches; expected pairs"),
         ({"model": lambda x: x[0]}, r"expected \(2, classes\) logits"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pools import INFO, fill_pool
 
-from smi.cli_options import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard
+from smi.cli_words import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard
 from smi.config import Config
 from smi.errors import SmiError
 from smi.models import read_state_dict

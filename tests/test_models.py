@@ -165,6 +165,8 @@ def test_checkpoints_that_do_not_fit(small_timm: nn.Module, tmp_path: Path) -> N
     for name in ("short.safetensors", "short.pth"):
         with pytest.raises(SmiError, match=f"cannot read the checkpoint '.*{name}'"):
             smi.load_model(NAME, checkpoint=tmp_path / name, **SMALL)
+    with pytest.raises(SmiError, match=r"the checkpoint '.*' is a folder; name the file in it"):
+        smi.load_model(NAME, checkpoint=tmp_path, **SMALL)
     with pytest.raises(SmiError, match=r"there is no checkpoint '.*absent\.pth'"):
         smi.load_model(NAME, checkpoint=tmp_path / "absent.pth", **SMALL)
 
@@ -172,6 +174,8 @@ def test_checkpoints_that_do_not_fit(small_timm: nn.Module, tmp_path: Path) -> N
 def test_names_that_are_not() -> None:
     with pytest.raises(SmiError, match=r"unknown model 'deit_tny_patch16_224'\. Did you mean 'deit_tiny_patch16_224'"):
         smi.load_model("deit_tny_patch16_224")
+    with pytest.raises(SmiError, match=r"unknown model 'quantized/w8'; .* hf-hub:quantized/w8, .* quantization\.json"):
+        smi.load_model("quantized/w8")
     with pytest.raises(SmiError, match=r"Did you mean 'embedded:teacher'"):
         smi.load_model("embedded:teache")
     with pytest.raises(SmiError, match=r"embedded:judge is complete in itself, weights included; leave out img_size\."):

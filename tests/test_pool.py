@@ -382,6 +382,15 @@ def test_damaged_manifests_are_named(pool: Pool, change: Callable[[dict[str, Any
     one_line(lambda: Pool(pool.path), "manifest.json", "damaged")
 
 
+def test_a_shard_that_may_not_be_read_is_not_called_damaged(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(file: Path) -> Result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr("smi.pool.decode", denied)
+    with pytest.raises(SmiError, match=r"cannot read the shard '.*00000\.safetensors': Permission denied\.$"):
+        pool.load(0)
+
+
 @fuzz
 @given(st.integers(0), st.binary(max_size=8))
 def test_no_manifest_bytes_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes) -> None:

@@ -429,8 +429,11 @@ def test_a_file_that_says_something_else_is_not_kept(made: Quantized, tmp_path: 
     with pytest.raises(SmiError, match="already exists"):
         made.save(taken, overwrite=True)
     (tmp_path / "right/note.txt").write_text("mine")
+    with pytest.raises(SmiError, match=r"holds 'note\.txt' beside an earlier quantization"):
+        made.save(tmp_path / "right", overwrite=True)
+    assert (tmp_path / "right/note.txt").read_text() == "mine"
+    (tmp_path / "right/note.txt").unlink()
     made.save(tmp_path / "right", overwrite=True)
-    assert not (tmp_path / "right/note.txt").exists()
 
 
 # --- calibration and input that cannot be used ---

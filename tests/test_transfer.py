@@ -405,6 +405,11 @@ def test_what_does_not_fit_is_said(pool: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_run_or_a_damaged_one_is_refused(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(smi.SmiError, match=r"holds 'thesis\.tex' and no transfer; choose another folder"):
+        teach(student(), pool, tmp_path, SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").unlink()
     teach(student(), pool, tmp_path, SHORT)
     other: Any = student()
     other.head.bias.data.add_(1)
