@@ -223,18 +223,24 @@ def _invert(options: InvertOptions) -> None:
 def _conclude(options: InvertOptions, done: RunSummary) -> None:
     from smi.report import summary
 
-    facts = summary(done.path)
+    facts = summary(done.path) if done.images_done or done.images_found else None
     if options.json:
         emit("done", run={**asdict(done), "path": str(done.path)}, pool=facts)
         return
     if done.batches_done:
         print(f"{done.images_done} images in {duration(done.seconds)}, pictures in {done.path / 'png'}")
-    else:
+    elif done.complete:
         print(f"nothing to do: the pool {done.path} is complete ({done.images_found} images)")
-    _print_agreement(facts)
+    else:
+        print(f"no batch was finished in {duration(done.seconds)}")
+    if facts is not None:
+        _print_agreement(facts)
     if not done.complete:
-        print(f"{done.images_left} images in {done.batches_left} batches are left; run the same command again to go on")
-    print(f"next: {_command('smi', 'report', done.path)}")
+        begun = f", {done.batches_begun} of them begun" if done.batches_begun else ""
+        left = f"{done.images_left} images in {done.batches_left} batches are left{begun}"
+        print(f"{left}; run the same command again to go on")
+    if facts is not None:
+        print(f"next: {_command('smi', 'report', done.path)}")
 
 
 def _print_agreement(facts: dict[str, Any]) -> None:

@@ -77,36 +77,40 @@ class Reporter:
         for t in range(config.iterations):
             kept = schedule.get(t, kept)
             self._work.append(self._work[-1] + kept)
-        self.total = self.finished = self.images = 0
+        self.total = self.finished = 0
+        self._skipped = 0  # of the batch in hand, what an earlier run has done of it
         self._began = self._told = time.monotonic()
 
     def open(self, missing: list[int]) -> None:
         """The run starts, with these batches to do."""
-        self.images = sum(len(self.plan.batch(b)) for b in missing)
-        self.total = self.images * self._work[-1]
+        self.total = sum(len(self.plan.batch(b)) for b in missing) * self._work[-1]
         self._began = time.monotonic()
 
     def iteration(self, batch: int, loop: Inversion) -> None:
         """One iteration is done."""
         due = time.monotonic() - self._told >= self.every
-        if not (due or loop.done or batch != self._batch):
+        if batch != self._batch:
+            self._skipped = len(self.plan.batch(batch)) * self._work[loop.resumed_at]
+            self.total -= self._skipped
+        elif not (due or loop.done):
             return
         self._batch, losses = batch, loop.latest()  # from here on the clock counts all that is done
         self.left.iteration(batch, loop.iteration, len(loop.indices))
         if due:
             self._told = time.monotonic()
-            done = self.finished + len(self.plan.batch(batch)) * self._work[loop.iteration]
+            done = self.finished + len(self.plan.batch(batch)) * self._work[loop.iteration] - self._skipped
             self.tell(batch, loop, losses, done, self._told - self._began)
 
     def batch(self, batch: int, result: Result, seconds: float) -> None:
         """One batch is on disk."""
-        self.finished += len(self.plan.batch(batch)) * self._work[-1]
+        self.finished += len(self.plan.batch(batch)) * self._work[-1] - self._skipped
+        self._skipped = 0
         self.left.batch(batch, seconds)
         self.tell_batch(batch, result, seconds)
 
     def rate(self, done: int, elapsed: float) -> float:
         """Images per second, unfinished ones counted by their share."""
-        return self.images * done / max(self.total, 1) / max(elapsed, 1e-9)
+        return done / self._work[-1] / max(elapsed, 1e-9)
 
     def remaining(self) -> str:
         """The time left, for people."""
@@ -155,7 +159,9 @@ class BarReporter(Reporter):
             f"{kept} patches {self.rate(done, elapsed):.2f} img/s"
         )
         name = f"batch {batch + 1}/{self.plan.num_batches}"
-        self._progress.update(self._task, completed=done, description=name, detail=detail, left=self.remaining())
+        self._progress.update(
+            self._task, completed=done, total=max(self.total, 1), description=name, detail=detail, left=self.remaining()
+        )
 
     def tell_batch(self, batch: int, result: Result, seconds: float) -> None:
         self._progress.update(self._task, completed=self.finished, left=self.remaining())

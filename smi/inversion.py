@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from smi.adapters.timm import SparseModel
 from smi.augment import NOISE, draw_offsets, normal_images
 from smi.checks import check_fit, check_indices, check_targets
 from smi.config import Config
-from smi.errors import SmiError
+from smi.errors import SmiError, reason
 from smi.flops import count_flops
 from smi.objectives import BUILT_IN, Context, Objective, Objectives, OwnTerms
 from smi.rankings import gradient_input
 from smi.rebirth import Part, interleaved, trajectories, without
+from smi.resumption import restore, state_of
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
 
@@ -49,6 +51,7 @@ class Inversion:
 
     Attributes:
         iteration: iterations done.
+        resumed_at: of them, those that came with `load_state_dict`.
         images: (B, C, H, W) float32 (float64 for a float64 model), the pixels, normalised.
         keep: (B, K) int64, surviving patches in grid order.
         offsets: (T, B or 1, 3) int64, the augmentation of every iteration: rows of (dy, dx, flip).
@@ -109,7 +112,8 @@ class Inversion:
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
         self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
         T, N = self.config.iterations, info.num_patches
-        self.iteration = 0
+        self.iteration = self.resumed_at = 0
+        self._torn = False
         self.keep = torch.arange(N, device=model.device).repeat(B, 1)
         self._dropped_at = torch.full((B, N), T, dtype=torch.int32, device=model.device)
         self._live_pixels: Tensor | None = None
@@ -137,6 +141,38 @@ class Inversion:
         """Whether all iterations are done, or the batch converged."""
         return self._converged or self.iteration >= self.config.iterations
 
+    @property
+    def between(self) -> bool:
+        """Whether no iteration is half done, as it may be where an exception came in the middle of one."""
+        return not self._torn and (self._descent is None or self._descent.between)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from: tensors, which go on changing, and what JSON can hold.
+
+        Raises:
+            SmiError: an iteration is half done, see `between`.
+        """
+        if not self.between:
+            raise SmiError(f"iteration {self.iteration} is half done; a state is of whole iterations alone.")
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another inversion of the same arguments was.
+
+        On a device of the same kind the result is the one that the other would have had, bit for bit, unless an
+        objective of your own keeps a state.
+
+        Raises:
+            SmiError: iterations were done here already, or `state` is damaged or of other arguments.
+        """
+        if self.iteration:
+            raise SmiError(f"this inversion has done {self.iteration} iterations; load a state into a new one.")
+        try:
+            with torch.no_grad():
+                restore(self, state)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise SmiError(f"the state is not of an inversion with these arguments: {reason(error)}.") from error
+
     def step(self) -> None:
         """One iteration."""
         if self.done:
@@ -147,7 +183,13 @@ class Inversion:
         """So many iterations, among which nothing but the last has to be looked at."""
         t = self.iteration
         if self.keep.shape[1] != self.schedule.get(t, self.keep.shape[1]):  # else pruned by a step that was cut short
+            self._torn = True
             self._prune(t)
+        ends = t + iterations  # what follows the last of them belongs to it
+        self._torn = bool(
+            (self.config.tolerance and ends % self.config.patience == 0)
+            or (self.config.best and (ends % self.config.best_every == 0 or ends == self.config.iterations))
+        )
         began = time.perf_counter()  # after the records of the last phase, which take their own time
         if self._descent is None:
             with smi_kernels.use_backend(self.model.operations):
@@ -166,6 +208,7 @@ class Inversion:
             self._converged = self._stalled()
         if self.config.best and past_prunings and (self.iteration % self.config.best_every == 0 or self.done):
             self._track_best()
+        self._torn = False
         self._seconds += time.perf_counter() - began
 
     def _iterate(self, t: int) -> None:
@@ -179,6 +222,7 @@ class Inversion:
         loss, means = self.objectives(context)
         (grad,) = torch.autograd.grad(loss, self.images)
         self.images.requires_grad_(False)
+        self._torn = True
         smi_kernels.adam_clamp_(
             self.images,
             grad,

@@ -106,7 +106,7 @@ class Log:
     def iteration(self, batch: int, loop: Inversion) -> None:
         """Some iterations of the batch are done."""
         if batch != self._batch or loop.iteration < self._logged:
-            self._batch, self._logged, self._read = batch, 0, -math.inf
+            self._batch, self._logged, self._read = batch, loop.resumed_at, -math.inf
         if not self._wanted or (not loop.done and time.monotonic() - self._read < self._seconds):
             return
         losses = loop.losses(self._logged)  # from here on the clock counts all that is done

@@ -3,6 +3,7 @@
     POOL/manifest.json                model, resolved config, work plan, versions
     POOL/shards/00000.safetensors     one finished batch, every tensor of its `Result`
     POOL/png/000000_airplane.png      one picture for each image, for people
+    POOL/unfinished/                  half-done batches that a run was stopped in
     POOL/workers/                     while runs are at work on it: who they are, see `smi.workers`
 
 The rename of a finished shard is the commit point: a batch without a shard has not been made, and resuming makes it.
@@ -10,6 +11,7 @@ The rename of a finished shard is the commit point: a batch without a shard has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -21,6 +23,7 @@ import os
 import platform
 import re
 import unicodedata
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,10 +37,11 @@ from smi._version import __version__
 from smi.config import Config
 from smi.errors import SmiError, reason
 from smi.files import TEMP, atomic_write, check_inside, read_bytes, remove_temps, sync_folder, writing
-from smi.shard import DAMAGE, build, check_result, decode, encode, read_hash
+from smi.shard import DAMAGE, build, check_result, decode, decode_state, encode, encode_state, read_hash
 from smi.state import ModelInfo, Result, WorkPlan
 
 FORMAT, FORMAT_VERSION = "smi-pool", 1
+UNFINISHED = "unfinished"  # folder of half-done batches
 PACKED = "packed.json"  # manifest of the other form, see `smi.packed`
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _PICTURE = re.compile(r"\d{6,}_[a-z0-9-]+\.png")
@@ -100,7 +104,7 @@ class PoolWriter:
                 self._clean(overwrite)
             if overwrite or not exists:
                 atomic_write(self.path / "manifest.json", json.dumps(self._manifest(device), indent=1).encode())
-            for folder in ("shards", "png"):
+            for folder in ("shards", "png"):  # UNFINISHED comes and goes
                 os.makedirs(self.path / folder, exist_ok=True)
                 if os.path.islink(self.path / folder):
                     raise SmiError(
@@ -124,6 +128,13 @@ class PoolWriter:
         present = set(self.present)
         return [batch for batch in range(self.plan.num_batches) if batch not in present]
 
+    @property
+    def begun(self) -> list[int]:
+        """Numbers of the batches put aside half done, in order, as of now."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(int(file[:-12]) for file in os.listdir(self.path / UNFINISHED) if _SHARD.fullmatch(file))
+        return []
+
     def write(self, batch: int, result: Result) -> None:
         """Commit one finished batch; once this returns it survives a crash, and before that it leaves no trace.
 
@@ -142,6 +153,46 @@ class PoolWriter:
             sync_folder(self.path / "png")
             atomic_write(shard_path(self.path, batch), shard)
             sync_folder(self.path / "shards")
+            self._drop_aside(batch)
+
+    def put_aside(self, batch: int, state: dict[str, Any]) -> None:
+        """Keep a half-done batch for whoever goes on with it; a new state replaces the old one.
+
+        Args:
+            state: tensors, and what JSON can hold.
+
+        Raises:
+            SmiError: the disk is full, or the folder cannot be written.
+        """
+        data = encode_state(state)
+        with writing(self.path, len(data)):
+            while True:
+                os.makedirs(self.path / UNFINISHED, exist_ok=True)
+                try:
+                    return atomic_write(self._aside(batch), data)
+                except FileNotFoundError:  # another run took the folder, which was empty, with its last state
+                    continue
+
+    def take_up(self, batch: int) -> dict[str, Any] | None:
+        """The state that `put_aside` kept, None where there is none; a damaged one is dropped with a warning."""
+        file = self._aside(batch)
+        try:
+            check_inside(self.path, file)
+            return decode_state(read_bytes(file, os.lstat(file).st_size))
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            warnings.warn(f"{str(file)!r} is damaged ({reason(error)}); the batch is begun anew.", stacklevel=2)
+            self._drop_aside(batch)
+            return None
+
+    def _aside(self, batch: int) -> Path:
+        return self.path / UNFINISHED / f"{batch:05d}.safetensors"
+
+    def _drop_aside(self, batch: int) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._aside(batch))
+            os.rmdir(self.path / UNFINISHED)  # goes with the last
 
     def _check_same(self, pool: Pool) -> None:
         for part in ("info", "config", "plan"):
@@ -164,12 +215,17 @@ class PoolWriter:
     def _clean(self, overwrite: bool) -> None:
         """Remove what interrupted writes left behind; on `overwrite` also the batches, while the manifest stays: a
         kill in the middle leaves a smaller pool, not a folder that is none."""
-        for folder, own in ((self.path, None), (self.path / "shards", _SHARD), (self.path / "png", _PICTURE)):
+        owned = {".": None, "shards": _SHARD, "png": _PICTURE, UNFINISHED: _SHARD}
+        for name, own in owned.items():
+            folder = self.path / name
             if folder.is_dir() and not folder.is_symlink():
                 remove_temps(folder)
-                for file in os.listdir(folder) if overwrite and own else []:
-                    if own and own.fullmatch(file):
+                for file in os.listdir(folder) if own else []:
+                    done = name == UNFINISHED and (self.path / "shards" / file).exists()
+                    if own and own.fullmatch(file) and (overwrite or done):
                         os.unlink(folder / file)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path / UNFINISHED)
 
     def _manifest(self, device: str) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +43,7 @@ class RunSummary:
         images_found, batches_found: already in the pool when it was opened.
         images_left, batches_left: still missing; both 0 when the pool is complete.
         seconds: wall-clock time of this call.
+        batches_begun: of those left, half done in the pool as of now, to be gone on with.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class RunSummary:
     images_left: int
     batches_left: int
     seconds: float
+    batches_begun: int = 0
 
     @property
     def complete(self) -> bool:
@@ -68,6 +71,7 @@ def run(
     join: bool = False,
     shard: tuple[int, int] | None = None,
     time_budget: float | None = None,
+    save_every: float = 300.0,
     objectives: Sequence[Objective | Callable[..., Any]] = (),
     time_left: TimeLeft | None = None,
     on_open: Callable[[list[int]], None] | None = None,
@@ -76,16 +80,20 @@ def run(
 ) -> RunSummary:
     """Make the batches of `plan` that the pool at `out` lacks; calling it again goes on where it stopped.
 
-    Whatever interrupts it, the pool stays valid and loses at most the batch in flight; every batch is a function of
-    the model, the config and its image numbers alone, so that an interrupted pool ends up the same, bit for bit.
+    Whatever interrupts it, the pool stays valid. The batch in hand is put aside half done, and the next call goes on
+    with it; a kill without notice loses what was done of it since it was last saved. Every batch is a function of the
+    model, the config and its image numbers alone, so that an interrupted pool ends up the same, bit for bit on a device
+    of the same kind.
 
     Args:
         overwrite: start over when `out` already holds a pool.
         join: share the batches with other runs on the same folder that join too; they may come and go. What a dead one
             had in hand is taken over, and the call returns when nothing is left to do, by anyone.
         shard: (i, n) makes the batches i, i + n, i + 2 n, ... alone.
-        time_budget: seconds; a batch that would end later, judged by the slowest one finished, is not started. One
-            batch is made in any case. None: no limit.
+        time_budget: seconds, after which the batch in hand is put aside; an iteration is done in any case. None: no
+            limit.
+        save_every: seconds between two savings of the batch in hand, which is about four times as large as its images;
+            batches that take less are never saved before they are done.
         objectives: further terms of the loss, as for `Inversion`. The pool remembers what they are
             (`smi.Objective.identity`); of a function that does not describe itself, the name and the weight alone.
         time_left: learns which batches are missing and, where runs join, how far the others are; of iterations and
@@ -130,19 +138,22 @@ def run(
         if on_open is not None:
             on_open(missing)
         done: list[int] = []
-        seconds_per_image = 0.0
+        deadline = math.inf if time_budget is None else started + time_budget
         for batch in _to_do(writer, workers, mine, join):
             batch_started = time.monotonic()
-            expected = batch_started - started + seconds_per_image * len(plan.batch(batch))
-            if done and time_budget is not None and expected > time_budget:
+            if done and batch_started >= deadline:
                 break
-            result = invert_batch(model, plan, config, batch, objectives, on_iteration)
+            aside = _Aside(writer, workers, batch, save_every, deadline)
+            try:
+                result = invert_batch(model, plan, config, batch, objectives, on_iteration, aside=aside)
+            except _Late:
+                workers.release(batch)
+                break
             mine_still = workers.holds(batch)
             if mine_still:
                 writer.write(batch, result)
             workers.release(batch)
             seconds = time.monotonic() - batch_started
-            seconds_per_image = max(seconds_per_image, seconds / len(plan.batch(batch)))
             if not mine_still:  # another took this run for dead, and makes the batch
                 continue
             done.append(batch)
@@ -158,7 +169,56 @@ def run(
         images_left=images(left),
         batches_left=len(left),
         seconds=time.monotonic() - started,
+        batches_begun=len(left & set(writer.begun)),
     )
+
+
+class _Late(Exception):
+    """The time is over, and the batch in hand put aside."""
+
+
+class _Aside:
+    """Keeps the batch in hand from time to time, and where a run is stopped.
+
+    Attributes:
+        tries: seed that it is tried with, from 0.
+    """
+
+    def __init__(self, writer: PoolWriter, workers: Workers, batch: int, every: float, deadline: float) -> None:
+        self._writer, self._workers, self._batch = writer, workers, batch
+        self._every, self._deadline = every, deadline
+        self._saved = time.monotonic()
+        self._state = writer.take_up(batch)
+        self.tries = 0 if self._state is None else int(self._state.pop("tries", 0))
+
+    def begin(self, loop: Inversion) -> None:
+        """Go on from what was put aside, if it was, the first time."""
+        state, self._state = self._state, None
+        if state is None:
+            return
+        try:
+            loop.load_state_dict(state)
+        except SmiError as error:  # of another backend, or of other random numbers after an upgrade
+            warnings.warn(f"batch {self._batch} is begun anew: {error}", stacklevel=2)
+
+    def iteration(self, loop: Inversion) -> None:
+        """An iteration is done: save it if it is time. Raises `_Late` when all time is over."""
+        now = time.monotonic()
+        late = now >= self._deadline and not loop.done
+        if late or now - self._saved >= self._every:
+            self._saved = now
+            self.keep(loop)
+        if late:
+            raise _Late
+
+    def keep(self, loop: Inversion) -> None:
+        """Save `loop`, if no iteration is half done and the batch is still this run's. A full disk only warns."""
+        if not loop.between or loop.iteration == loop.resumed_at or not self._workers.holds(self._batch):
+            return
+        try:
+            self._writer.put_aside(self._batch, {**loop.state_dict(), "tries": self.tries})
+        except SmiError as error:
+            warnings.warn(f"batch {self._batch} is not put aside, and would be begun anew: {error}", stacklevel=2)
 
 
 def _to_do(writer: PoolWriter, workers: Workers, batches: range, join: bool) -> Iterator[int]:
@@ -186,6 +246,8 @@ def invert_batch(
     batch: int,
     objectives: Sequence[Objective | Callable[..., Any]] = (),
     on_iteration: Callable[[int, Inversion], None] | None = None,
+    *,
+    aside: _Aside | None = None,
 ) -> Result:
     """Batch `batch` of the plan; arguments as for `run`.
 
@@ -198,9 +260,11 @@ def invert_batch(
     """
     indices = list(plan.batch(batch))
     report = None if on_iteration is None else functools.partial(on_iteration, batch)
-    for tries in range(_TRIES):
+    for tries in range(0 if aside is None else aside.tries, _TRIES):
         seeded = config.replace(seed=seed_of(config.seed, tries + 1))
-        result = _invert(model, plan, seeded, indices, objectives, report)
+        if aside is not None:
+            aside.tries = tries
+        result = _invert(model, plan, seeded, indices, objectives, report, aside)
         if result.images.isfinite().all() and result.logits.isfinite().all():
             return dataclasses.replace(result, tries=tries + 1)
         warnings.warn(f"batch {batch} has values that are not finite; it is made anew from another seed.", stacklevel=2)
@@ -217,10 +281,11 @@ def _invert(
     indices: list[int],
     objectives: Sequence[Objective | Callable[..., Any]],
     report: Callable[[Inversion], None] | None,
+    aside: _Aside | None,
 ) -> Result:
     targets = [plan.targets[i] for i in indices]
     try:
-        return Inversion(model, targets, config, indices=indices, objectives=objectives).run(report)
+        return _watched(Inversion(model, targets, config, indices=indices, objectives=objectives), report, aside)
     except torch.OutOfMemoryError as error:
         shortage = str(error).split(". ")[0]
     resolved, repeat = config.resolved(), config.images_per_trajectory
@@ -241,4 +306,22 @@ def _invert(
     half = len(indices) // repeat // 2 * repeat
     warnings.warn(f"{len(indices)} images are too much for the memory: made in two halves.", stacklevel=2)
     halves = indices[:half], indices[half:]
-    return joined([_invert(model, plan, config, part, objectives, report) for part in halves], config.snapshots)
+    return joined([_invert(model, plan, config, part, objectives, report, None) for part in halves], config.snapshots)
+
+
+def _watched(loop: Inversion, report: Callable[[Inversion], None] | None, aside: _Aside | None) -> Result:
+    """What `loop` comes to; where it is interrupted it is put aside."""
+    if aside is None:
+        return loop.run(report)
+    aside.begin(loop)
+
+    def told(loop: Inversion) -> None:
+        if report is not None:
+            report(loop)
+        aside.iteration(loop)
+
+    try:
+        return loop.run(told)
+    except KeyboardInterrupt:
+        aside.keep(loop)
+        raise

@@ -118,6 +118,33 @@ def hash_of(tensors: dict[str, Tensor], extra: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def encode_state(state: dict[str, Any]) -> bytes:
+    """A safetensors file of a half-done batch, see `smi.resumption`: its tensors, and all else as JSON with a hash."""
+    tensors = {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    extra = {name: value for name, value in state.items() if name not in tensors}
+    return save(tensors, {"smi": json.dumps({**extra, "sha256": hash_of(tensors, extra)})})
+
+
+def decode_state(data: bytes) -> dict[str, Any]:
+    """What `encode_state` wrote. Raises any of `DAMAGE`."""
+    tensors, extra = _parted(data)
+    return {**tensors, **extra}
+
+
+def _parted(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the rest of a file in memory, compared with the hash in it. Raises any of `DAMAGE`."""
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    extra = dict(json.loads(header["__metadata__"]["smi"]))
+    if extra.pop("sha256") != hash_of(tensors, extra):
+        raise ValueError("other numbers than were written")
+    return tensors, extra
+
+
 def decode(file: Path) -> Result:
     """The batch in a file, memory-mapped. Raises what damage makes of it: any of `DAMAGE`."""
     with safe_open(file, framework="pt") as shard:
@@ -131,11 +158,7 @@ def decode_bytes(data: bytes, images: Tensor | None = None) -> Result:
     Args:
         images: those of a result that was encoded without them.
     """
-    tensors = load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    extra = dict(json.loads(header["__metadata__"]["smi"]))
-    if extra.pop("sha256") != hash_of(tensors, extra):
-        raise ValueError("other numbers than were written")
+    tensors, extra = _parted(data)
     if images is not None:
         tensors["images"] = images
     return _assemble(tensors, extra)

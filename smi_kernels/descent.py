@@ -71,6 +71,7 @@ class PixelDescent:
 
     Attributes:
         iteration: iterations done.
+        between: whether no iteration is half done, as it may be where an exception came in the middle of one.
         in_graphs: whether iterations are captured in CUDA graphs, so that the host only starts several at once.
         images: as they are now.
         exp_avg, exp_avg_sq: Adam's moments, like `images`.
@@ -120,7 +121,7 @@ class PixelDescent:
         if loss is not None and micro_batch is not None and micro_batch < B:
             raise ValueError(f"micro_batch is {micro_batch}; expected None or {B}, because images may meet in a loss.")
         self.vit = vit
-        self.iteration = 0
+        self.iteration, self.between = 0, True
         self.images = images.detach().clone(memory_format=torch.contiguous_format)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self.keep: Tensor | None = None
@@ -171,6 +172,7 @@ class PixelDescent:
             if self.in_graphs and self._ran:
                 self._capture(iterations)
             if self._whole is not None and iterations >= self._unroll:
+                self.between = False
                 self._whole.replay()
                 done = self._unroll
             elif self._halves is not None:
@@ -179,6 +181,7 @@ class PixelDescent:
                 self._iterate(1)
             self._ran += done
             self.iteration += done
+            self.between = True
             iterations -= done
 
     @torch.no_grad()
@@ -197,6 +200,42 @@ class PixelDescent:
         self.keep = keep.contiguous()
         self._slots = slot_table(self.keep, self.vit.weights.position.shape[0])
         self._forget()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the iterations to come depend on, and the history of those done: the very tensors, which go on changing.
+
+        ``images``, ``exp_avg``, ``exp_avg_sq`` (B, C, H, W), ``sums`` (B, C, 9) of the priors, ``cross_entropies``
+        (t, B) and ``priors`` (t, groups, 3) of t iterations, and after a pruning ``keep`` (B, K) int64. To be asked for
+        only while `between`.
+        """
+        t = self.iteration
+        state = {"images": self.images, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "sums": self._sums}
+        state |= {"cross_entropies": self.cross_entropies[:t], "priors": self.priors[:t]}
+        return state if self.keep is None else {**state, "keep": self.keep}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state_dict` of a descent that was begun with the same arguments, bit for bit as that would.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, or of another shape or dtype than this descent's.
+        """
+        t = len(state["cross_entropies"])
+        places = {"images": self.images, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "sums": self._sums}
+        places |= {"cross_entropies": self.cross_entropies[:t], "priors": self.priors[:t]}
+        for name, place in places.items():
+            value = state[name]
+            if value.shape != place.shape or value.dtype != place.dtype:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected {tuple(place.shape)} and "
+                    f"{place.dtype}, as in a descent of the same arguments."
+                )
+        if "keep" in state:
+            self.prune(state["keep"])
+        for name, place in places.items():
+            place.copy_(state[name])
+        self._step.fill_(t)
+        self.iteration = t
 
     def _forget(self) -> None:
         """Graphs of other shapes or addresses; the first iteration after this compiles what the next ones capture."""
@@ -252,6 +291,7 @@ class PixelDescent:
         for static, gradient in pairs:
             if static is not None:
                 static.zero_() if gradient is None else static.copy_(gradient)
+        self.between = False
         halves.move.replay()
 
     def _iterate(self, iterations: int) -> None:
@@ -322,6 +362,7 @@ class PixelDescent:
         coefficients: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """New images and the sums of their priors; the iteration then counts as done on the device."""
+        self.between = False
         with span("pixel step"):
             images_new, rows = torch.ops.smi.pixel_step(
                 images, self.exp_avg, self.exp_avg_sq, d_patches, d_images, self._slots, offsets, coefficients,

@@ -130,7 +130,7 @@ class Loop:
     """Stands for an `Inversion`, and counts how often it is asked for losses."""
 
     def __init__(self) -> None:
-        self.iteration = 0
+        self.iteration = self.resumed_at = 0
         self.asked = 0
         self.keep = torch.zeros(40, 64)
         self.indices = range(40)
@@ -193,6 +193,25 @@ def test_progress_is_counted_in_patches_fed() -> None:
     reporter.batch(0, None, 1.0)  # type: ignore[arg-type]
     reporter.iteration(1, loop)
     assert told == [2 * 160, 2 * 192 + 160]
+
+
+def test_what_an_earlier_run_has_done_of_a_batch_is_not_counted() -> None:
+    config = Config(iterations=4, prune_at=(2,), prune_ratio=(0.5,), batch_size=2)
+    reporter = LineReporter(Console(file=io.StringIO()), INFO, WorkPlan((0, 1, 2), 2), config)
+    reporter.open([0, 1])
+    told: list[tuple[int, int, float]] = []
+    reporter.every = 0
+    reporter.tell = lambda batch, loop, losses, done, _: told.append(  # type: ignore[method-assign]
+        (done, reporter.total, reporter.rate(done, 2.0))
+    )
+    loop: Any = Loop()
+    loop.resumed_at, loop.iteration = 2, 3
+    reporter.iteration(0, loop)
+    reporter.batch(0, None, 1.0)  # type: ignore[arg-type]
+    loop.resumed_at, loop.iteration = 0, 1
+    reporter.iteration(1, loop)
+    total = 3 * 192 - 2 * 128
+    assert told == [(2 * 32, total, 2 * 32 / 192 / 2), (2 * 64 + 64, total, (2 * 64 + 64) / 192 / 2)]
 
 
 def test_quantities_for_people() -> None:

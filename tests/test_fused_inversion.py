@@ -260,6 +260,27 @@ def test_objectives_are_captured_if_they_may_be(capturable: bool, monkeypatch: p
         assert torch.equal(found.history[name], curve) and curve.isfinite().all()
 
 
+def test_a_state_is_loaded_where_graphs_will_look_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors whose addresses graphs know are written, not replaced."""
+    model = tiny(depth=1).double().to(DEVICE)
+    config = Config(**PRUNED, learning_rate=0.05, eps=1e-4)
+    expected = Inversion(fused(model, "reference"), [0, 1], config, objectives=[darkness]).run()
+    first, second = (Inversion(fused(model, "reference"), [0, 1], config, objectives=[darkness]) for _ in range(2))
+    in_graphs(first, monkeypatch)
+    while first.iteration < 7:
+        first._advance(first._stride())
+    state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in first.state_dict().items()}
+    descent = in_graphs(second, monkeypatch)
+    places = [getattr(descent, name) for name in ("images", "exp_avg", "exp_avg_sq", "_sums", "priors", "_step")]
+    before = [place.data_ptr() for place in places]
+    second.load_state_dict(state)
+    found = second.run()
+    assert Rehearsal.made and before == [place.data_ptr() for place in places]
+    assert torch.equal(found.images, expected.images)
+    for name, curve in expected.history.items():
+        assert torch.equal(found.history[name], curve) and curve.isfinite().all()
+
+
 def test_an_objective_that_fails_in_a_long_stride_can_be_run_again() -> None:
     model = tiny(depth=1).double().to(DEVICE)
     config = Config(**PRUNED, learning_rate=0.05, eps=1e-4)

@@ -74,9 +74,9 @@ def test_events_say_what_the_results_hold(model: smi.SparseModel, tmp_path: Path
 
 def test_a_resumed_run_goes_on_with_its_steps(model: smi.SparseModel, tmp_path: Path) -> None:
     once = logged(model, tmp_path / "once", tmp_path / "once.jsonl")
-    for budget in (1e-9, 1e-9, None):  # a batch each, then the rest
+    for budget in (1e-9, 1e-9, None):  # an iteration each, then the rest
         events = logged(model, tmp_path / "thrice", tmp_path / "thrice.jsonl", time_budget=budget)
-    assert [event["batches"] for event in events if event["event"] == "start"] == [3, 2, 1]
+    assert [event["batches"] for event in events if event["event"] == "start"] == [3, 3, 3]
 
     def told(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         return [(e["event"], e["step"], e["losses"]) for e in events if e["event"] != "start"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,44 +128,40 @@ def test_an_interrupt_loses_the_batch_in_flight_and_nothing_else(
     with pytest.raises(KeyboardInterrupt):
         run(model, PLAN, CONFIG, tmp_path / "pool", on_iteration=interrupt)
     assert Pool(tmp_path / "pool").batches == list(range(at[0]))
+    shutil.rmtree(tmp_path / "pool" / "unfinished", ignore_errors=True)  # as after a kill without notice
     done = run(model, PLAN, CONFIG, tmp_path / "pool")
     assert (done.batches_found, done.batches_done, done.complete) == (at[0], 3 - at[0], True)
     assert_same_pool(tmp_path / "pool", whole)
 
 
-@pytest.mark.parametrize(
-    ("budget", "batches"),
-    [
-        (0.5, 1),  # one in any case
-        (4, 1),
-        (7.9, 1),  # the second would end at 8
-        (8, 2),
-        (10.5, 2),  # the last has two of three images: 8 + 4 * 2 / 3
-        (10.7, 3),
-    ],
-)
-def test_no_batch_is_started_that_would_end_past_the_budget(
-    model: smi.SparseModel,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    budget: float,
-    batches: int,
+@pytest.mark.parametrize("budget", [0.5, 1, 4, 5, 9.5, 11])
+def test_what_is_in_hand_at_the_end_of_the_budget_is_put_aside_and_gone_on_with(
+    model: smi.SparseModel, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
     now = 100.0
     monkeypatch.setattr(smi.run, "time", SimpleNamespace(monotonic=lambda: now))
+    seen: list[tuple[int, int]] = []
 
     def tick(batch: int, loop: Inversion) -> None:
         nonlocal now
         now += 1  # four iterations, so four seconds a batch
+        seen.append((batch, loop.iteration))
 
-    done = run(model, PLAN, CONFIG, tmp_path / "pool", time_budget=budget, on_iteration=tick)
-    assert done.batches_done == batches
-    assert done.batches_left == 3 - batches
-    assert done.images_left == sum(len(PLAN.batch(b)) for b in range(batches, 3))
-    assert done.seconds == 4 * batches
-    run(model, PLAN, CONFIG, tmp_path / "pool")
+    def again() -> smi.run.RunSummary:
+        return run(model, PLAN, CONFIG, tmp_path / "pool", time_budget=budget, on_iteration=tick)
+
+    done, calls = again(), 1
+    first = max(1, math.ceil(budget))  # whole seconds, of which one is used in any case
+    assert (done.batches_done, done.batches_left) == (first // 4, 3 - first // 4)
+    assert done.images_left == sum(len(PLAN.batch(b)) for b in range(first // 4, 3))
+    assert (done.batches_begun, done.seconds) == (int(first % 4 > 0), first)
+    assert (tmp_path / "pool" / "unfinished").exists() == (first % 4 > 0)
+    while not again().complete:
+        calls += 1
+        assert calls < 20
+    assert seen == [(batch, t) for batch in range(3) for t in range(1, 5)], "no iteration is done twice"
     assert_same_pool(tmp_path / "pool", whole)
+    assert not (tmp_path / "pool" / "unfinished").exists()
 
 
 def test_overwrite_starts_over(model: smi.SparseModel, tmp_path: Path) -> None:
