@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from smi.packed import PackedPool, open_pool, pack
     from smi.pool import Pool, PoolWriter
     from smi.quantization import Quantized, QuantizedModel, load_quantized, quantize
+    from smi.sparse_plan import SparsePlan
     from smi.state import ModelInfo, Phase, Result, WorkPlan
     from smi.streaming import PoolStream, stream
     from smi.text_head import with_text_head
@@ -56,6 +57,7 @@ _HOME = {
     "Result": "state",
     "SmiError": "errors",
     "SparseModel": "adapters.timm",
+    "SparsePlan": "sparse_plan",
     "Synthesis": "lessons",
     "SyntheticDataset": "dataset",
     "TransferConfig": "transfer",
@@ -96,6 +98,7 @@ __all__ = [
     "Result",
     "SmiError",
     "SparseModel",
+    "SparsePlan",
     "Synthesis",
     "SyntheticDataset",
     "TransferConfig",
