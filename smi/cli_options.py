@@ -254,6 +254,13 @@ class InvertOptions(ModelOptions):
     learning_rate: Annotated[
         float | None, _option("--lr", panel=_OBJECTIVES, help="Adam's step on the normalised pixels.")
     ] = None
+    lr_schedule: Annotated[
+        str | None,
+        _option("--lr-schedule", panel=_OBJECTIVES, help="constant or cosine.", autocompletion=_choices("lr_schedule")),
+    ] = None
+    warmup: Annotated[
+        int | None, _option("--warmup", panel=_OBJECTIVES, help="Iterations in which the step rises to --lr.")
+    ] = None
 
     out: Annotated[
         Path | None,
@@ -313,7 +320,7 @@ class InvertOptions(ModelOptions):
             "seed",
             "precision",
         ),
-        *("cross_entropy", "tv1", "tv2", "l2", "learning_rate"),
+        *("cross_entropy", "tv1", "tv2", "l2", "learning_rate", "lr_schedule", "warmup"),
     )
 
     def __post_init__(self) -> None:

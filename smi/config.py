@@ -64,6 +64,7 @@ class Config:
             (Shrikumar et al., "Not Just a Black Box", 2016), ``random`` each image's own draw.
         cross_entropy, tv1, tv2, l2: weights of the built-in objectives.
         learning_rate, beta1, beta2, eps: Adam on the pixels, no weight decay.
+        lr_schedule, warmup: how the learning rate changes, see `lr_factors`; `warmup` counts iterations.
         flip: flip the batch (or image) horizontally with probability 1/2 as part of the augmentation.
         jitter: ``patch`` shifts by whole patches (cells map exactly), ``pixel`` by any number of pixels (a patch goes
             to the nearest cell, as published), ``none`` not at all. At most floor(H/8), floor(W/8) pixels.
@@ -98,6 +99,8 @@ class Config:
     tv2: float = 1e-4
     l2: float = 0.0
     learning_rate: float = 0.25
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
     beta1: float = 0.5
     beta2: float = 0.99
     eps: float = 1e-8
@@ -135,6 +138,7 @@ class Config:
             "patience": 1,
             "snapshots": 0,
             "best_every": 1,
+            "warmup": 0,
         }
         for name, low in at_least.items():
             if getattr(self, name) < low:
@@ -145,6 +149,8 @@ class Config:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise SmiError(f"{name} is {value}; expected a finite number >= 0.")
+        if self.warmup >= self.iterations:
+            raise SmiError(f"warmup is {self.warmup}; expected fewer than the {self.iterations} iterations.")
         if not 0 < self.merge_to <= 1:
             raise SmiError(f"merge_to is {self.merge_to}; expected a share of the patches above 0, at most 1.")
         for name in ("beta1", "beta2"):
@@ -249,6 +255,21 @@ class Config:
                 )
             result[t] = kept
         return result
+
+    def lr_factors(self) -> list[float] | None:
+        """What the learning rate is multiplied by in each iteration, above 0, at most 1; None where always by 1.
+
+        It rises in equal steps for `warmup` iterations; then ``cosine`` lowers it along half a cosine towards 0
+        (Loshchilov & Hutter, "SGDR", ICLR 2017, eq. 5), as inversions of convolutional networks do (Yin et al.,
+        "Dreaming to Distill", CVPR 2020).
+        """
+        if self.lr_schedule == "constant" and not self.warmup:
+            return None
+        rest = self.iterations - self.warmup
+        falling = [
+            0.5 * (1 + math.cos(math.pi * t / rest)) if self.lr_schedule == "cosine" else 1.0 for t in range(rest)
+        ]
+        return [(t + 1) / self.warmup for t in range(self.warmup)] + falling
 
     def replace(self, /, **changes: Any) -> Config:
         """A copy with `changes`; unknown names raise `SmiError` with the nearest valid one."""

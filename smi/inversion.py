@@ -112,6 +112,7 @@ class Inversion:
         self._mean, self._std = self.images.new_tensor(info.mean), self.images.new_tensor(info.std)
         self._low, self._high = -self._mean / self._std, (1 - self._mean) / self._std
         T, N = self.config.iterations, info.num_patches
+        self._lr_factors = self.config.lr_factors()
         self.iteration = self.resumed_at = 0
         self._torn = False
         self.keep = torch.arange(N, device=model.device).repeat(B, 1)
@@ -229,7 +230,7 @@ class Inversion:
             self._exp_avg,
             self._exp_avg_sq,
             step=t + 1,
-            lr=self.config.learning_rate,
+            lr=self.config.learning_rate * (1.0 if self._lr_factors is None else self._lr_factors[t]),
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
@@ -360,6 +361,7 @@ class Inversion:
                 tv2=config.tv2,
                 l2=config.l2,
                 learning_rate=config.learning_rate,
+                lr_factors=None if self._lr_factors is None else self.images.new_tensor(self._lr_factors),
                 beta1=config.beta1,
                 beta2=config.beta2,
                 eps=config.eps,

@@ -61,6 +61,7 @@ class PixelDescent:
         low, high: (C,), bounds of each channel.
         cross_entropy, tv1, tv2, l2: weights.
         learning_rate, beta1, beta2, eps: Adam without weight decay.
+        lr_factors: (T,) in the dtype of `images`, above 0: what each iteration multiplies `learning_rate` by; None: 1.
         group: images a group, 1 to B; the last group may be short.
         frozen: whether patches that were pruned stay bit for bit what they are; else priors and Adam go on moving them.
         micro_batch: feed at most so many images at once, which lowers the peak of memory and changes nothing else; not
@@ -99,6 +100,7 @@ class PixelDescent:
         tv2: float = 0.0,
         l2: float = 0.0,
         learning_rate: float = 0.25,
+        lr_factors: Tensor | None = None,
         beta1: float = 0.5,
         beta2: float = 0.99,
         eps: float = 1e-8,
@@ -112,7 +114,7 @@ class PixelDescent:
         B, T = images.shape[0], table.shape[0]
         if not 1 <= group <= max(B, 1):
             raise ValueError(f"group is {group}; expected 1 to {B}, the number of images.")
-        _check(vit, images, targets, table, low, high)
+        _check(vit, images, targets, table, low, high, lr_factors)
         for name, value in (("micro_batch", micro_batch), ("unroll", unroll)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1.")
@@ -130,6 +132,8 @@ class PixelDescent:
         self._targets, self._table, self._low, self._high = targets, table.contiguous(), low, high
         self._weights = (tv1, tv2, l2)
         self._adam = (learning_rate, beta1, beta2, eps)
+        # Steps are learning_rate / bias_correction[0].
+        self._slower = None if lr_factors is None else torch.stack((1 / lr_factors, torch.ones_like(lr_factors)), 1)
         self._group, self._frozen, self._unroll = group, frozen, unroll
         self._micro_batch = micro_batch or max(B, 1)
         self._slots: Tensor | None = None
@@ -347,10 +351,12 @@ class PixelDescent:
     def _begin(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Offsets, bias corrections and coefficients of the priors for this iteration."""
         H, W = self.images.shape[2:]
-        begun: tuple[Tensor, Tensor, Tensor] = torch.ops.smi.begin_step(
+        offsets, bias_correction, coefficients = torch.ops.smi.begin_step(
             self._step, self._table, sums, *self._weights, self._group, H, W, *self._adam[1:3], self.priors
         )
-        return begun
+        if self._slower is not None:
+            bias_correction = bias_correction * self._slower.index_select(0, self._step).view(2)
+        return offsets, bias_correction, coefficients
 
     def _step_pixels(
         self,
@@ -389,7 +395,15 @@ class PixelDescent:
         return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: Tensor, high: Tensor) -> None:
+def _check(
+    vit: SparseViT,
+    images: Tensor,
+    targets: Tensor,
+    table: Tensor,
+    low: Tensor,
+    high: Tensor,
+    lr_factors: Tensor | None,
+) -> None:
     """Raises ValueError for what kernels on a GPU would read beyond the end of, or not find."""
     vit.check(images, None, None)
     (B, C), classes = images.shape[:2], vit.weights.num_classes
@@ -406,6 +420,11 @@ def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: 
         raise ValueError(
             f"table has shape {tuple(table.shape)} and dtype {table.dtype}; expected (T, {B}, 3) or (T, 1, 3) int64, "
             f"rows of (dy, dx, flip)."
+        )
+    if lr_factors is not None and (lr_factors.shape != table.shape[:1] or lr_factors.dtype != images.dtype):
+        raise ValueError(
+            f"lr_factors have shape {tuple(lr_factors.shape)} and dtype {lr_factors.dtype}; expected "
+            f"{tuple(table.shape[:1])} {images.dtype}."
         )
     for name, bound in (("low", low), ("high", high)):
         if bound.shape != (C,):

@@ -17,7 +17,9 @@ TARGETS = torch.tensor([0, 3, 1])
 CONFIG = smi.Config(**PRUNED, tv2=0.0, tv1=0.0, l2=0.0, learning_rate=0.05, eps=1e-4, seed=3)
 
 
-def own_loop(model: Any, config: smi.Config, optimizer: Any = None) -> tuple[Tensor, smi.SparsePlan, list[Tensor]]:
+def own_loop(
+    model: Any, config: smi.Config, optimizer: Any = None, scheduler: Any = None
+) -> tuple[Tensor, smi.SparsePlan, list[Tensor]]:
     """Somebody's dense loop with the plan in it: cross-entropy, Adam, a clamp."""
     info = smi.SparseModel(tiny()).info
     images = normal_images(config.seed, NOISE, range(3), info.input_size).double().requires_grad_()
@@ -25,6 +27,7 @@ def own_loop(model: Any, config: smi.Config, optimizer: Any = None) -> tuple[Ten
     adam = torch.optim.Adam([images], lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
     adam = adam if optimizer is None else optimizer([images])
     plan, seen = smi.SparsePlan(model, images, config), []
+    rates = None if scheduler is None else scheduler(adam)
     while not plan.done:
         loss = F.cross_entropy(plan(images), TARGETS, reduction="sum")
         adam.zero_grad()
@@ -33,6 +36,8 @@ def own_loop(model: Any, config: smi.Config, optimizer: Any = None) -> tuple[Ten
         with torch.no_grad():
             images.clamp_(-mean / std, (1 - mean) / std)
         plan.step()
+        if rates is not None:
+            rates.step()
         seen.append(images.detach().clone())
     return images.detach(), plan, seen
 
@@ -60,6 +65,27 @@ def test_a_loop_with_the_plan_comes_to_what_invert_does(options: dict[str, Any],
     assert torch.equal(plan.keep, expected.keep)
     torch.testing.assert_close(images.float(), expected.images, rtol=1e-5, atol=1e-5)
     assert plan.iteration == config.iterations and (expected.keep.shape[1] < 16) == (config.strategy != "dense")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_learning_rates_are_those_of_torchs_schedulers(warmup: int, backend: str) -> None:
+    config = CONFIG.replace(lr_schedule="cosine", warmup=warmup)
+    model = smi.SparseModel(tiny().double(), backend="reference" if backend == "reference" else "auto")
+
+    def torchs(adam: torch.optim.Optimizer) -> Any:
+        rest = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.iterations - warmup)
+        if not warmup:
+            return rest
+        rising = torch.optim.lr_scheduler.LinearLR(adam, 1 / warmup, 1.0, warmup - 1)
+        return torch.optim.lr_scheduler.SequentialLR(adam, [rising, rest], [warmup])
+
+    expected = smi.invert(model, TARGETS, config)
+    images, plan, _ = own_loop(model, config, scheduler=torchs)
+    assert torch.equal(plan.keep, expected.keep)
+    torch.testing.assert_close(images.float(), expected.images, rtol=1e-5, atol=1e-5)
+    constant = smi.invert(model, TARGETS, CONFIG)
+    assert float((constant.images - expected.images).abs().max()) > 0.01
 
 
 def test_stopped_pixels_stay_bit_for_bit_whatever_the_optimizer_does_to_them() -> None:
