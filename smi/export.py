@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,14 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smi.dataset import Fill, fill_dropped, open_filled
+from smi._version import __version__
+from smi.augment import seed_of
+from smi.dataset import Fill, fill_dropped, open_filled, patch_mask
 from smi.errors import SmiError, did_you_mean
 from smi.files import put_folder, temp_folder, writing
 from smi.pool import Pool, encode_png, slug, to_pixels
 from smi.state import ModelInfo, Result
 
 FORMATS = ("imagefolder", "npy")
-_OWN_FILE = re.compile(r"metadata\.jsonl|images\.npy|targets\.npy|[a-z0-9-]+/\d{6,}\.png")
+_OWN_FILE = re.compile(r"README\.md|metadata\.jsonl|(images|targets|keep|logits)\.npy|[a-z0-9-]+/\d{6,}\.png")
 _OWN_FOLDER = re.compile(r"[a-z0-9-]+")
 
 
@@ -32,9 +35,11 @@ def export_pool(
     """Write the images present in `pool` to the new folder `out`, which appears only when all of it is there.
 
     ``imagefolder``: ``out/<class label>/<image number>.png`` and ``out/metadata.jsonl``, one line for each image with
-    file_name (relative), label, target, kept (number of patches), keep (their indices) and confidence (the teacher's
-    softmax of the target). ``npy``: ``out/images.npy`` (N, C, H, W) float32 in the model's normalised space and
-    ``out/targets.npy`` (N,) int64. Memory is bounded by one batch.
+    file_name (relative), label, target, kept (number of patches), keep (their indices), confidence (the teacher's
+    softmax of the target), logits (the teacher's), losses (of the finished image, unweighted) and seed. ``npy``:
+    ``out/images.npy`` (N, C, H, W) float32 in the model's normalised space, ``targets.npy`` (N,) int64, ``keep.npy``
+    (N, patches) bool and ``logits.npy`` (N, classes) float32. With both ``out/README.md``, which says what the images
+    are. Memory is bounded by one batch.
 
     Args:
         fill: what dropped patches show, see `smi.dataset.fill_dropped`.
@@ -57,9 +62,10 @@ def export_pool(
                 f"{str(out)!r} holds more than an earlier export and is not replaced; choose another folder."
             )
     # Eight-bit pictures are packed, of which the raw size is a bound.
-    room = len(pool) * math.prod(pool.info.input_size) * (1 if format == "imagefolder" else 4)
+    room = len(pool) * (math.prod(pool.info.input_size) * (1 if format == "imagefolder" else 4) + _told(pool.info))
     with writing(out, room), temp_folder(out) as temp:
         (_write_imagefolder if format == "imagefolder" else _write_npy)(pool, temp, fill)
+        (temp / "README.md").write_text(_card(pool, format, fill), encoding="utf-8")
         put_folder(temp, out, replace=overwrite)
     return out
 
@@ -131,6 +137,9 @@ def _write_imagefolder(pool: Pool, folder: Path, fill: Fill) -> None:
                     "kept": len(keep),
                     "keep": keep,
                     "confidence": confidence[i],
+                    "logits": [round(logit, 5) for logit in result.logits[i].tolist()],
+                    "losses": {name: values[i].item() for name, values in result.losses.items()},
+                    "seed": seed_of(pool.config.seed, result.tries),
                 }
                 metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -144,15 +153,53 @@ def _class_folders(info: ModelInfo) -> list[str]:
 
 
 def _write_npy(pool: Pool, folder: Path, fill: Fill) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(pool), *pool.info.input_size)}
-    targets = []
-    # Written, not memory-mapped: on a full disk a write raises, touching a mapped page kills the process.
-    with open(folder / "images.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+    info = pool.info
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {
+        "images": ("<f4", info.input_size),
+        "targets": ("<i8", ()),
+        "keep": ("|b1", (info.num_patches,)),
+        "logits": ("<f4", (info.num_classes,)),
+    }
+    with contextlib.ExitStack() as stack:
+        # Written, not memory-mapped: on a full disk a write raises, touching a mapped page kills the process.
+        files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in rows}
+        for name, (descr, shape) in rows.items():
+            header = {"descr": descr, "fortran_order": False, "shape": (len(pool), *shape)}
+            np.lib.format.write_array_header_1_0(files[name], header)
         for images, result in _filled(pool, fill):
-            file.write(images.numpy().astype("<f4", copy=False).tobytes())
-            targets += result.targets.tolist()
-    np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
+            keep = patch_mask(result.keep, info.num_patches)
+            for name, values in zip(rows, (images, result.targets, keep, result.logits), strict=True):
+                files[name].write(values.numpy().astype(rows[name][0], copy=False).tobytes())
+
+
+def _card(pool: Pool, format: str, fill: Fill) -> str:
+    """What the images are, for whoever finds the folder."""
+    info, config = pool.info, pool.config
+    held = {
+        "imagefolder": """`metadata.jsonl` has a line for each picture: its label, the patches that were inverted, the
+model's logits, losses.""",
+        "npy": f"""`images.npy` holds what the model is fed: pixels in 0 to 1, less the mean {list(info.mean)}, divided
+by the standard deviation {list(info.std)}. `targets.npy`, `keep.npy` (patches that were inverted) and `logits.npy`
+(the model's) have a row for each of them.""",
+    }
+    return f"""# {len(pool)} synthetic images
+
+Made by Sparse Model Inversion (smi {__version__}) out of the model `{info.name}` alone, each optimised towards one of
+its classes. None is a photograph. They can carry traits of the data that the model was trained on.
+
+- model: `{info.name}`, weights with SHA-256 {info.weights_sha256}
+- method: {config.strategy}, {config.semantics}, {config.iterations} iterations, seed {config.seed}
+- made: {pool.manifest["created"][:10]}
+- dropped patches: {fill}
+- terms: what the model's licence says of its outputs holds for them
+
+{held[format]}
+"""
+
+
+def _told(info: ModelInfo) -> int:
+    """Bytes, about, that are told of an image beside its pixels."""
+    return 20 * info.num_classes + 8 * info.num_patches
 
 
 def _is_export(out: Path) -> bool:
