@@ -202,7 +202,7 @@ def invert_batch(
         seeded = config.replace(seed=seed_of(config.seed, tries + 1))
         result = _invert(model, plan, seeded, indices, objectives, report)
         if result.images.isfinite().all() and result.logits.isfinite().all():
-            return dataclasses.replace(result, tries=tries + 1)
+            return dataclasses.replace(result, tries=tries + 1, config=config.resolved())
         warnings.warn(f"batch {batch} has values that are not finite; it is made anew from another seed.", stacklevel=2)
     raise SmiError(
         f"batch {batch} has values that are not finite, from {_TRIES} seeds. Use a smaller learning rate than "

@@ -145,8 +145,9 @@ def _assemble(tensors: dict[str, Tensor], extra: dict[str, Any]) -> Result:
     at = extra["snapshot_at"]
     if not isinstance(at, list) or not all(isinstance(t, int) for t in at):
         raise ValueError("snapshot_at is not a list of iterations")
+    fields: dict[str, Any] = {name: tensors[name] for name in DTYPES}
     return Result(
-        **{name: tensors[name] for name in DTYPES},
+        **fields,
         losses={name.removeprefix("loss."): values for name, values in tensors.items() if name.startswith("loss.")},
         history={name.removeprefix("history."): v for name, v in tensors.items() if name.startswith("history.")},
         snapshot_at=at,

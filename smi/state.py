@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from smi.config import Config
+    from smi.dataset import Fill
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Result:
         snapshot_at: S iterations.
         phases: in order.
         tries: seeds that it took to get finite images, see `smi.run.invert_batch`; 1 is the config's own.
+        info, config: what it was made of, and how; None where it was read from a pool, which has them itself.
     """
 
     images: Tensor
@@ -99,6 +105,23 @@ class Result:
     snapshot_at: list[int]
     phases: list[Phase] = field(default_factory=list)
     tries: int = 1
+    info: ModelInfo | None = field(default=None, repr=False)
+    config: Config | None = field(default=None, repr=False)
+
+    def save(self, folder: str | Path, *, fill: Fill = "as-is", overwrite: bool = False) -> Path:
+        """Write the images to the new folder as PNG files, by class, with a line each in ``metadata.jsonl``.
+
+        It is the ``imagefolder`` of `smi.export.export_pool`, which says what `fill` and `overwrite` are.
+
+        Returns:
+            the folder, absolute.
+
+        Raises:
+            SmiError: as `smi.export.export_pool`; a result that was read from a pool.
+        """
+        from smi.export import save_result
+
+        return save_result(self, folder, fill=fill, overwrite=overwrite)
 
 
 def joined(parts: Sequence[Result], snapshots: int) -> Result:
@@ -124,6 +147,8 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
         snapshot_at=parts[0].snapshot_at,
         phases=phases,
         tries=max(part.tries for part in parts),
+        info=parts[0].info,
+        config=parts[0].config,
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from pools import INFO, LABELS, PLAN, files_of, fill_pool, make_result, open_writer
 
 from smi import export
+from smi.augment import seed_of
 from smi.dataset import SyntheticDataset, fill_dropped
 from smi.errors import SmiError
 from smi.export import CalibrationReader, export_pool
@@ -120,6 +121,25 @@ def test_a_card_says_what_the_images_are(pool: Pool, out: Path, format: str) -> 
         assert said in card
     assert "dropped patches: mean" in card
     assert ("less the mean [0.5, 0.4, 0.3]" in card) is (format == "npy")
+
+
+def test_a_result_saves_what_the_pool_of_it_exports(pool: Pool, out: Path) -> None:
+    result = dataclasses.replace(make_result(0), info=INFO, config=pool.config, tries=3)
+    assert result.save(out, fill="noise") == out
+    whole = files_of(export_pool(pool, out.with_name("whole"), "imagefolder", fill="noise"))
+    files, first = files_of(out), [line | {"seed": seed_of(5, 3)} for line in lines_of(out.with_name("whole"))[:3]]
+    assert lines_of(out) == first
+    assert {name: files[name] for name in files if name.endswith(".png")} == {
+        line["file_name"]: whole[line["file_name"]] for line in first
+    }
+    assert files["README.md"].startswith(b"# 3 synthetic images\n")
+    with pytest.raises(SmiError, match="already exists"):
+        result.save(out)
+    with pytest.raises(SmiError, match="read from a pool; export the pool"):
+        pool.load(0).save(out, overwrite=True)
+    with pytest.raises(SmiError, match="fill is 'white'"):
+        result.save(out, fill="white", overwrite=True)  # type: ignore[arg-type]
+    assert files_of(out) == files
 
 
 def test_exports_of_earlier_versions_can_be_overwritten(pool: Pool, out: Path) -> None:

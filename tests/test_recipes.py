@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
+import torch
+from PIL import Image
 from small import one_thread, tiny  # noqa: F401
 
 import smi
+from smi.dataset import fill_dropped
+from smi.pool import to_pixels
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., dict[str, Any]]
@@ -37,6 +43,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return names
 
     return run
+
+
+@pytest.mark.parametrize(("page", "fill"), [("README.md", "as-is"), ("docs/inverting.md", "mean")])
+def test_images_come_out_of_a_model_in_a_few_lines(run: Run, page: str, fill: Any) -> None:
+    result = run(page, "targets=[1, 207, 281]")["result"]
+    images = fill_dropped(result.images, result.keep, result.indices, result.info, 0, fill)
+    lines = [json.loads(line) for line in Path("images/metadata.jsonl").read_text().splitlines()]
+    assert [line["target"] for line in lines] == [1, 207, 281]
+    for line, image, keep in zip(lines, images, result.keep, strict=True):
+        pixels = torch.from_numpy(np.array(Image.open(Path("images", line["file_name"])))).permute(2, 0, 1)
+        assert torch.equal(pixels, to_pixels(image, result.info)) and line["keep"] == keep.tolist()
 
 
 def test_a_pool_is_made(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
