@@ -19,7 +19,16 @@ from typer.core import TyperGroup
 from smi._version import __version__
 from smi.cli_compare import CompareOptions, compare
 from smi.cli_losses import losses
-from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options
+from smi.cli_options import (
+    EMBEDDED_TEACHER,
+    InvertOptions,
+    Judge,
+    JudgeCheckpoint,
+    ModelOptions,
+    check_judge,
+    command_options,
+    load_judge,
+)
 from smi.cli_plan import PlanOptions, plan, show_plan
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
@@ -376,11 +385,23 @@ def report(
         typer.Option("--out", "-o", help="The HTML file. Default: POOL/report/report.html.", show_default=False),
     ] = None,
     images: Annotated[int, typer.Option("--images", help="How many images to show.")] = 16,
+    judge: Judge = None,
+    judge_checkpoint: JudgeCheckpoint = None,
 ) -> None:
-    """Write one HTML page about a pool: images, masks, agreement, cost."""
+    """Write one HTML page about a pool: images, masks, agreement, cost.
+
+    [bold]Examples[/bold]
+
+      smi report pools/embedded-teacher-sparse
+
+      smi report pools/deit-b --judge resnet50
+    """
+    from smi.packed import open_pool
     from smi.report import write_report
 
-    print(write_report(pool, out, max_images=images))
+    check_judge(judge, judge_checkpoint)
+    network = None if judge is None else load_judge(judge, judge_checkpoint, open_pool(pool).info)
+    print(write_report(pool, out, judge=network, max_images=images))
 
 
 @app.command()

@@ -56,6 +56,31 @@ ModelName = Annotated[
 ]
 
 
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", help="A second model of the same classes. Default: the embedded one's own.", show_default=False
+    ),
+]
+JudgeCheckpoint = Annotated[
+    Path | None, typer.Option("--judge-checkpoint", help="Weights to load into it.", show_default=False)
+]
+
+
+def check_judge(judge: str | None, checkpoint: Path | None) -> None:
+    if checkpoint is not None and judge is None:
+        raise SmiError("--judge-checkpoint goes with --judge; name its architecture.")
+
+
+def load_judge(judge: str | None, checkpoint: Path | None, info: ModelInfo) -> Any:
+    """The network that --judge names; None without one."""
+    if judge is None:
+        return None
+    from smi.models import load_model
+
+    return load_model(judge, checkpoint=checkpoint, num_classes=None if checkpoint is None else info.num_classes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and where it runs."""
