@@ -94,7 +94,9 @@ class PoolWriter:
         if exists and overwrite:
             read_manifest(self.path)
         elif exists:
-            self._check_same(Pool(self.path))
+            there = Pool(self.path)
+            self._check_same(there)
+            self.info = there.info  # a pool keeps the names of its classes
         with writing(self.path):
             if alone:
                 self._clean(overwrite)
@@ -148,7 +150,7 @@ class PoolWriter:
             ours, theirs = getattr(self, part), getattr(pool, part)
             for field in dataclasses.fields(ours):
                 new, old = getattr(ours, field.name), getattr(theirs, field.name)
-                if new != old:
+                if field.compare and new != old:
                     raise SmiError(
                         f"the pool {str(self.path)!r} was made with {_difference(field.name, old, new)}; "
                         f"choose another folder, or start it over with overwrite (--overwrite)."

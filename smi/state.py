@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity and geometry of the model that was inverted; two runs on one pool must agree on all of it.
+    """Identity and geometry of the model that was inverted; two runs on one pool must agree on all but class names.
 
     Attributes:
         name: what the user asked for (timm name with tag, path, ``embedded:teacher``).
@@ -30,7 +30,7 @@ class ModelInfo:
         num_prefix_tokens: class, distillation and register tokens.
         num_classes: length of the logits.
         ranking: resolved ranking signal.
-        class_names: one per logit where known, else empty.
+        class_names: one per logit where known, else empty; they may repeat. Infos that differ in them alone are equal.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ModelInfo:
     num_prefix_tokens: int
     num_classes: int
     ranking: str
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_patches(self) -> int:

@@ -261,6 +261,18 @@ def test_another_pool_is_not_resumed(pool: Pool, changes: dict[str, Any], words:
     assert files_of(pool.path) == before
 
 
+@pytest.mark.parametrize(("old", "new"), [((), ("a", "b", "c", "d")), (("a", "b", "c", "d"), ())])
+def test_a_pool_keeps_the_names_of_its_classes(path: Path, old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Or one of a version that knew none could not be gone on with, and pictures would have names of two kinds."""
+    open_writer(path, info=dataclasses.replace(INFO, class_names=old)).write(0, make_result(0))
+    writer = open_writer(path, info=dataclasses.replace(INFO, class_names=new))
+    assert writer.missing == [1, 2]
+    writer.write(1, make_result(1))
+    assert Pool(path).info.class_names == old
+    label = old[3] if old else "3"
+    assert f"000003_{label}.png" in files_of(path / "png")
+
+
 def test_long_plans_are_told_apart_in_one_line(path: Path) -> None:
     open_writer(path, plan=WorkPlan((0,) * 500, 3))
     one_line(lambda: open_writer(path, plan=WorkPlan((0,) * 499 + (1,), 3)), "targets[499] 0, this run has 1")
