@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from pools import fill_pool
 from small import one_thread, tiny  # noqa: F401
 
 import smi
@@ -60,3 +61,48 @@ def test_a_pool_is_made(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("docs/pools.md", "WorkPlan", {"1024": "4"})
     assert capsys.readouterr().out == "4 True\n"
     assert len(smi.open_pool("pools/deit-b")) == 4
+
+
+def test_attention_maps(run: Run) -> None:
+    teacher = tiny()
+    result = smi.invert(teacher, [0, 1], smi.Config(iterations=3, prune_at=(1,), prune_ratio=(0.5,)))
+    names = run("docs/inverting.md", "attention_maps", smi=smi, teacher=teacher, result=result)
+    assert [tuple(one.shape) for one in names["maps"]] == [(2, 2, 9, 9)] * 2
+    assert names["seen"].shape == (2, 8)
+
+
+def test_soft_targets(run: Run) -> None:
+    names = run("docs/inverting.md", "one_hot", smi=smi, torch=torch, teacher=tiny(num_classes=1000))
+    assert names["result"].targets.tolist() == [1, 207]
+
+
+def test_a_model_without_classes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: tiny(num_classes=0))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    names = run("docs/inverting.md", "losses.embedding", smi=smi, timm=timm, images=images)
+    assert names["wanted"].shape == (2, 16) and len(names["result"].images) == 2
+
+
+def test_the_published_call(run: Run) -> None:
+    images, model = torch.zeros(2, 3, 16, 16), tiny(num_classes=1000)
+    names = run("docs/kernels.md", "PublishedTeacher", {"197": "17"}, smi=smi, timm=timm, torch=torch, images=images)
+    torch.testing.assert_close(names["logits"], model(images))
+    assert names["attention"][-1].shape == (2, 2, 17, 17)
+
+
+def test_onnxruntime_calibrates_on_a_pool(run: Run) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    fill_pool(Path("pools/deit-b"))
+    real = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["pixels", "w"], ["y"], strides=[4, 4])],
+        "patches",
+        [onnx.helper.make_tensor_value_info("pixels", real, ["n", 3, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", real, ["n", 4, 2, 2])],
+        [onnx.numpy_helper.from_array(np.ones((4, 3, 4, 4), np.float32), "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), "vit.onnx")
+    run("docs/applications.md", "CalibrationReader")
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load("vit.int8.onnx").graph.node)
