@@ -36,7 +36,7 @@ from smi.cli_progress import duration, emit, make_reporter, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
-from smi.cli_words import parse_duration, parse_shard
+from smi.cli_words import command_line, parse_duration, parse_shard
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _conclude(options: InvertOptions, done: RunSummary) -> None:
     _print_agreement(facts)
     if not done.complete:
         print(f"{done.images_left} images in {done.batches_left} batches are left; run the same command again to go on")
-    print(f"next: {_command('smi', 'report', done.path)}")
+    print(f"next: {command_line('smi', 'report', done.path)}")
 
 
 def _print_agreement(facts: dict[str, Any]) -> None:
@@ -252,12 +252,6 @@ def _print_agreement(facts: dict[str, Any]) -> None:
     if judged:
         ways = ", ".join(f"{share:.1%} ({fill})" for fill, share in judged.items())
         print(f"an independent network agrees on {ways}")
-
-
-def _command(*words: str | Path) -> str:
-    import shlex
-
-    return shlex.join(str(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)

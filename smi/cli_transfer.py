@@ -11,6 +11,7 @@ import typer
 
 from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
 from smi.cli_progress import progress
+from smi.cli_words import command_line
 from smi.config import PRESETS, preset_or_file
 from smi.errors import SmiError
 
@@ -119,6 +120,7 @@ def transfer(options: TransferOptions) -> None:
 
       smi transfer deit_tiny_patch16_224 --teacher deit_base_patch16_224 --out students/live --optimizer sgd
     """
+    from smi.models import EMBEDDED
     from smi.transfer import TransferConfig, teach
 
     config = TransferConfig(
@@ -157,4 +159,9 @@ def transfer(options: TransferOptions) -> None:
         return
     print(f"{options.model}, fed {found.fed} patches: epoch {found.best + 1} of {len(found.curve)} is the best")
     print(f"  agrees with the teacher on {best.agreement:.1%} of the images held out, loss {best.holdout_loss:.4f}")
-    print(f"  {found.path / 'student.safetensors'}")
+    student_file = found.path / "student.safetensors"
+    print(f"  {student_file}")
+    if options.model not in EMBEDDED:  # which take no checkpoint
+        again = {"--checkpoint": student_file, "--num-classes": options.num_classes, "--img-size": options.img_size}
+        words = [word for pair in again.items() if pair[1] is not None for word in pair]
+        print(f"next: {command_line('smi', 'evaluate', options.model, *words, '--data', 'IMAGES')}")

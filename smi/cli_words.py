@@ -1,8 +1,9 @@
-"""What words on the command line mean: settings, lists of numbers and classes, durations, shards, names of folders."""
+"""What words on the command line mean: settings, numbers and classes, durations, shards; and how they are written."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from smi.config import Config
@@ -102,3 +103,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 def slug(name: str) -> str:
     """A model name as a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def command_line(*words: object) -> str:
+    """As a shell takes it."""
+    return shlex.join(map(str, words))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from safetensors.torch import load_file
 from small import one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner
 
 import smi
 from smi.cli import app
 from smi.dataset import SyntheticDataset
+from smi.evaluation import data_config, data_transform
+from smi.export import export_pool
 from smi.files import atomic_write
 from smi.lessons import Stored
 from smi.pool import Pool, PoolWriter
@@ -437,5 +441,18 @@ def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path, monkeypat
     assert f"epoch {found['best'] + 1} of 2 is the best" in shown.output
     again = CliRunner().invoke(app, args)  # done already, and no terminal
     assert again.stderr == "" and again.stdout == shown.stdout
+    export_pool(pool, tmp_path / "images", "imagefolder")
+    words = shlex.split(shown.stdout.splitlines()[-1].removeprefix("next: smi "))
+    evaluated = CliRunner().invoke(app, [*(str(tmp_path / "images") if w == "IMAGES" else w for w in words), "--json"])
+    assert evaluated.exit_code == 0, evaluated.output
+    right: Any = timm.create_model("resnet10t", num_classes=CLASSES)
+    right.load_state_dict(load_file(tmp_path / "r10" / "student.safetensors"))
+    with torch.no_grad():
+        right.eval()
+        seen = [
+            int(right(data_transform(data_config(right))(picture)[None]).argmax()) == label
+            for picture, label in ImageFolder(str(tmp_path / "images"))
+        ]
+    assert json.loads(evaluated.stdout)["top1"] == sum(seen) / len(seen)
     wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
     assert wrong.exit_code == 2 and "mode is 'teach'" in wrong.output
