@@ -450,6 +450,8 @@ def info(
     for label, value in rows.items():
         print(f"  {label:<10}{value}")
     if facts:
+        peak = facts["peak_memory_bytes"]
+        print(f"  {'memory':<10}{'not measured' if peak is None else f'{size(peak)} at the peak'}")
         _print_agreement(facts)
 
 

@@ -223,7 +223,7 @@ its classes. None is a photograph. They can carry traits of the data that the mo
 - method: {config.strategy}, {config.semantics}, {config.iterations} iterations, seed {config.seed}
 - made: {made.day}
 - dropped patches: {fill}
-- terms: what the model's licence says of its outputs holds for them
+- terms: those of the model; read its licence before you pass the images on
 
 {held[format]}
 """

@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -30,10 +28,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smi._version import __version__
 from smi.config import Config
 from smi.errors import SmiError, reason
 from smi.files import TEMP, atomic_write, check_inside, read_bytes, remove_temps, sync_folder, writing
+from smi.provenance import versions
 from smi.shard import DAMAGE, build, check_result, decode, encode, read_hash
 from smi.state import ModelInfo, Result, WorkPlan
 
@@ -182,12 +180,7 @@ class PoolWriter:
             "config": self.config.to_dict(),
             "objectives": list(self.objectives),
             "plan": dataclasses.asdict(self.plan),
-            "versions": {
-                "smi": __version__,
-                "torch": str(torch.__version__),
-                "timm": importlib.metadata.version("timm"),
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "device": device,
         }
 

@@ -17,6 +17,7 @@ from smi.augment import seed_of
 from smi.checks import check_fit
 from smi.errors import SmiError
 from smi.inversion import Inversion
+from smi.logs import peak_memory
 from smi.objectives import Objective, Objectives
 from smi.pool import PoolWriter
 from smi.state import Result, joined
@@ -202,7 +203,8 @@ def invert_batch(
         seeded = config.replace(seed=seed_of(config.seed, tries + 1))
         result = _invert(model, plan, seeded, indices, objectives, report)
         if result.images.isfinite().all() and result.logits.isfinite().all():
-            return dataclasses.replace(result, tries=tries + 1, config=config.resolved())
+            peak = peak_memory(model.device)
+            return dataclasses.replace(result, tries=tries + 1, peak_memory=peak, config=config.resolved())
         warnings.warn(f"batch {batch} has values that are not finite; it is made anew from another seed.", stacklevel=2)
     raise SmiError(
         f"batch {batch} has values that are not finite, from {_TRIES} seeds. Use a smaller learning rate than "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smi.errors import SmiError
 
@@ -90,6 +90,8 @@ class Result:
         snapshot_at: S iterations.
         phases: in order.
         tries: seeds that it took to get finite images, see `smi.run.invert_batch`; 1 is the config's own.
+        peak_memory: bytes of the process at the most, from its start to the end of the batch: of tensors on a GPU, else
+            resident; None where nobody measured.
         info, config: what it was made of, and how; None where it was read from a pool, which has them itself.
     """
 
@@ -105,6 +107,7 @@ class Result:
     snapshot_at: list[int]
     phases: list[Phase] = field(default_factory=list)
     tries: int = 1
+    peak_memory: int | None = None
     info: ModelInfo | None = field(default=None, repr=False)
     config: Config | None = field(default=None, repr=False)
 
@@ -133,7 +136,7 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
         name: sum(part.history[name] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
         for name in parts[0].history
     }
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in ROWS}
+    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in ROWS}
     stages = zip(*(part.phases for part in parts), strict=True)
     phases = [
         Phase(same[0].start, same[0].stop, same[0].kept, sum(p.seconds for p in same), sum(p.flops for p in same))

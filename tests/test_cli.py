@@ -417,6 +417,7 @@ def test_models(call: Call) -> None:
 def test_info(call: Call, pool: Path) -> None:
     code, printed, _ = call("info", pool)
     assert code == 0
+    assert re.search(r"  memory    [\d.]+ [MG]iB at the peak\n", printed)
     for text in ("6 of 6 images, 3 of 3 batches", "test_vit", "11 from 4, 7 from 8", "6 of 10", "teacher agrees on"):
         assert text in printed
     facts = json.loads(call("info", pool, "--json")[1])
