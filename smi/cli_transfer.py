@@ -14,6 +14,7 @@ from smi.cli_progress import progress
 from smi.cli_words import command_line
 from smi.config import PRESETS, preset_or_file
 from smi.errors import SmiError
+from smi.named_losses import NAMED, make_losses, parse_loss
 
 if TYPE_CHECKING:
     from smi.inversion import Inversion
@@ -49,6 +50,16 @@ class TransferOptions(ModelOptions):
             show_default=False,
         ),
     ] = None
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--loss",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="With --teacher: another loss of the inversion; smi losses lists them. Repeatable.",
+            autocompletion=lambda: list(NAMED),
+            show_default=False,
+        ),
+    ] = None
     mode: Annotated[str, typer.Option("--mode", help="probe (the classifier alone) or finetune.")] = "probe"
     tokens: Annotated[str, typer.Option("--tokens", help="kept, all or auto: what a ViT student is fed.")] = "auto"
     fill: Annotated[str, typer.Option("--fill", help="What dropped patches show: as-is, black, mean, noise.")] = "mean"
@@ -73,12 +84,14 @@ class TransferOptions(ModelOptions):
     def __post_init__(self) -> None:
         if (self.pool is None) == (self.teacher is None):
             raise SmiError("give either --pool, with images that are there, or --teacher, to make them meanwhile.")
-        names = ("teacher_checkpoint", "teacher_classes", "inversion")
-        given = [name for name in names if getattr(self, name) is not None]
+        names = ("teacher_checkpoint", "teacher_classes", "inversion", "loss")
+        given = [name for name in names if getattr(self, name) not in (None, [])]
         if given and self.teacher is None:
             raise SmiError(f"--{given[0].replace('_', '-')} goes with --teacher; a pool has been made already.")
         if self.backend != "auto" and self.teacher is None:
             raise SmiError(f"--backend {self.backend} goes with --teacher, which it inverts; leave it out.")
+        for text in self.loss or ():
+            parse_loss(text)
         if self.holdout is not None and self.teacher is not None:
             raise SmiError(
                 f"--holdout {self.holdout:g} goes with --pool; of images made meanwhile the first batch is held out."
@@ -104,7 +117,8 @@ class TransferOptions(ModelOptions):
             merge_to=config.model_merge_to,
             backend=self.backend,
         )
-        return Synthesis(teacher, config, on_iteration)
+        objectives = make_losses([parse_loss(text) for text in self.loss or ()], teacher)
+        return Synthesis(teacher, config, on_iteration, objectives)
 
 
 def transfer(options: TransferOptions) -> None:
