@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smi._version import __version__
 
 if TYPE_CHECKING:
-    from smi import calibration, export, logs, losses, schedules
+    from smi import calibration, export, flops, logs, losses, refinement, run, schedules, time_left, workers
     from smi.adapters.published import PublishedTeacher
     from smi.adapters.timm import SparseModel
     from smi.comparison import compare
@@ -76,7 +76,18 @@ _HOME = {
     "with_text_head": "text_head",
 }
 
-_MODULES = ("calibration", "export", "logs", "losses", "schedules")
+_MODULES = (
+    "calibration",
+    "export",
+    "flops",
+    "logs",
+    "losses",
+    "refinement",
+    "run",
+    "schedules",
+    "time_left",
+    "workers",
+)
 
 __all__ = [
     "PRESETS",
@@ -108,6 +119,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "flops",
     "invert",
     "load_model",
     "load_quantized",
@@ -117,10 +129,14 @@ __all__ = [
     "pack",
     "preset",
     "quantize",
+    "refinement",
+    "run",
     "schedules",
     "stream",
     "teach",
+    "time_left",
     "with_text_head",
+    "workers",
 ]
 
 

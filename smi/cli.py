@@ -19,7 +19,16 @@ from typer.core import TyperGroup
 from smi._version import __version__
 from smi.cli_compare import CompareOptions, compare
 from smi.cli_losses import losses
-from smi.cli_options import EMBEDDED_TEACHER, InvertOptions, ModelOptions, command_options
+from smi.cli_options import (
+    EMBEDDED_TEACHER,
+    InvertOptions,
+    Judge,
+    JudgeCheckpoint,
+    ModelOptions,
+    check_judge,
+    command_options,
+    load_judge,
+)
 from smi.cli_plan import PlanOptions, plan, show_plan
 from smi.cli_pool import pool_app
 from smi.cli_profile import ProfileOptions, profile
@@ -27,7 +36,7 @@ from smi.cli_progress import duration, emit, make_reporter, size
 from smi.cli_quantize import EvaluateOptions, QuantizeOptions, evaluate, quantize
 from smi.cli_schedule import schedule
 from smi.cli_transfer import TransferOptions, transfer
-from smi.cli_words import parse_duration, parse_shard
+from smi.cli_words import command_line, parse_duration, parse_shard
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
@@ -240,7 +249,7 @@ def _conclude(options: InvertOptions, done: RunSummary) -> None:
         left = f"{done.images_left} images in {done.batches_left} batches are left{begun}"
         print(f"{left}; run the same command again to go on")
     if facts is not None:
-        print(f"next: {_command('smi', 'report', done.path)}")
+        print(f"next: {command_line('smi', 'report', done.path)}")
 
 
 def _print_agreement(facts: dict[str, Any]) -> None:
@@ -249,12 +258,6 @@ def _print_agreement(facts: dict[str, Any]) -> None:
     if judged:
         ways = ", ".join(f"{share:.1%} ({fill})" for fill, share in judged.items())
         print(f"an independent network agrees on {ways}")
-
-
-def _command(*words: str | Path) -> str:
-    import shlex
-
-    return shlex.join(str(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,11 +385,23 @@ def report(
         typer.Option("--out", "-o", help="The HTML file. Default: POOL/report/report.html.", show_default=False),
     ] = None,
     images: Annotated[int, typer.Option("--images", help="How many images to show.")] = 16,
+    judge: Judge = None,
+    judge_checkpoint: JudgeCheckpoint = None,
 ) -> None:
-    """Write one HTML page about a pool: images, masks, agreement, cost."""
+    """Write one HTML page about a pool: images, masks, agreement, cost.
+
+    [bold]Examples[/bold]
+
+      smi report pools/embedded-teacher-sparse
+
+      smi report pools/deit-b --judge resnet50
+    """
+    from smi.packed import open_pool
     from smi.report import write_report
 
-    print(write_report(pool, out, max_images=images))
+    check_judge(judge, judge_checkpoint)
+    network = None if judge is None else load_judge(judge, judge_checkpoint, open_pool(pool).info)
+    print(write_report(pool, out, judge=network, max_images=images))
 
 
 @app.command()
@@ -441,6 +456,8 @@ def info(
     for label, value in rows.items():
         print(f"  {label:<10}{value}")
     if facts:
+        peak = facts["peak_memory_bytes"]
+        print(f"  {'memory':<10}{'not measured' if peak is None else f'{size(peak)} at the peak'}")
         _print_agreement(facts)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
+from smi.cli_options import EMBEDDED_TEACHER, Judge, JudgeCheckpoint, ModelOptions, check_judge, load_judge
 from smi.cli_progress import progress
 from smi.cli_words import parse_classes, parse_numbers, parse_setting
 from smi.config import PRESETS, Config, preset_or_file
@@ -66,15 +66,8 @@ class CompareOptions(ModelOptions):
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any option of the config. Repeatable.", show_default=False),
     ] = None
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge", help="A second model of the same classes. Default: the embedded one's own.", show_default=False
-        ),
-    ] = None
-    judge_checkpoint: Annotated[
-        Path | None, typer.Option("--judge-checkpoint", help="Weights to load into it.", show_default=False)
-    ] = None
+    judge: Judge = None
+    judge_checkpoint: JudgeCheckpoint = None
     data: Annotated[
         str | None,
         typer.Option(
@@ -103,20 +96,15 @@ class CompareOptions(ModelOptions):
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", show_default=False)] = False
 
     def __post_init__(self) -> None:
-        if self.judge_checkpoint is not None and self.judge is None:
-            raise SmiError("--judge-checkpoint goes with --judge; name its architecture.")
+        check_judge(self.judge, self.judge_checkpoint)
         given = [name for name in ("limit", "student", "epochs") if getattr(self, name) not in (None, "none")]
         if given and self.data is None:
             raise SmiError(f"--{given[0]} goes with --data, of which accuracies are taken; name test images, too.")
 
     def load_judge(self, model: SparseModel) -> Any:
         """The network that --judge names, where `model` is; None without one."""
-        if self.judge is None:
-            return None
-        from smi.models import load_model
-
-        classes = None if self.judge_checkpoint is None else model.info.num_classes
-        return load_model(self.judge, checkpoint=self.judge_checkpoint, num_classes=classes).to(model.device)
+        judge = load_judge(self.judge, self.judge_checkpoint, model.info)
+        return None if judge is None else judge.to(model.device)
 
     def make_config(self) -> Config:
         """Not resolved: what follows the semantics differs between strategies."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 
 import typer
 
-from smi.cli_words import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard, slug
+from smi.cli_words import parse_classes, parse_duration, parse_numbers, parse_setting, parse_shard, read_lines, slug
 from smi.config import PRESETS, Config, preset
 from smi.errors import SmiError
 from smi.named_losses import NAMED, make_losses, parse_loss
@@ -54,6 +54,31 @@ ModelName = Annotated[
         "local-dir:FOLDER; smi models lists names.",
     ),
 ]
+
+
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", help="A second model of the same classes. Default: the embedded one's own.", show_default=False
+    ),
+]
+JudgeCheckpoint = Annotated[
+    Path | None, typer.Option("--judge-checkpoint", help="Weights to load into it.", show_default=False)
+]
+
+
+def check_judge(judge: str | None, checkpoint: Path | None) -> None:
+    if checkpoint is not None and judge is None:
+        raise SmiError("--judge-checkpoint goes with --judge; name its architecture.")
+
+
+def load_judge(judge: str | None, checkpoint: Path | None, info: ModelInfo) -> Any:
+    """The network that --judge names; None without one."""
+    if judge is None:
+        return None
+    from smi.models import load_model
+
+    return load_model(judge, checkpoint=checkpoint, num_classes=None if checkpoint is None else info.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +154,10 @@ class InvertOptions(ModelOptions):
         _option(
             "--classes", panel=_WHAT, metavar="LIST", help="Numbers, ranges or names: 0,3,7-9 or cat,dog. Default: all."
         ),
+    ] = None
+    class_names: Annotated[
+        Path | None,
+        _option("--class-names", panel=_WHAT, metavar="FILE", help="Names, one a line, where the model brings none."),
     ] = None
 
     num_images: Annotated[
@@ -355,6 +384,18 @@ class InvertOptions(ModelOptions):
     @property
     def makes_schedule(self) -> bool:
         return any(value is not None for value in (self.schedule, self.sparsity, self.budget))
+
+    def build(self, seed: int) -> Any:
+        model = super().build(seed)
+        if self.class_names is not None:
+            names = read_lines(self.class_names)
+            if len(names) != model.num_classes:
+                raise SmiError(
+                    f"--class-names {str(self.class_names)!r} has {len(names)} lines, the model {model.num_classes} "
+                    f"classes; write a name for each, one a line."
+                )
+            model.pretrained_cfg = {**(model.pretrained_cfg or {}), "label_names": names}
+        return model
 
     def make_config(self) -> Config:
         """Preset or file, then --set, then the named flags; the later wins. Resolved.

@@ -207,6 +207,7 @@ def _device(wanted: str, quantized: bool) -> Any:
 
 def _opened(options: EvaluateOptions, device: Any) -> tuple[Any, dict[str, Any], int, Sequence[str]]:
     """The model on `device`, its data config, the number of its classes, and their names."""
+    from smi.adapters.timm_names import known_names
     from smi.evaluation import data_config
     from smi.quantization import is_quantized, load_quantized
 
@@ -214,7 +215,7 @@ def _opened(options: EvaluateOptions, device: Any) -> tuple[Any, dict[str, Any],
         quantized = load_quantized(options.model)
         return quantized, quantized.data, quantized.info.num_classes, quantized.info.class_names
     model = options.build(seed=0).to(device)
-    return model, data_config(model), model.num_classes, (model.pretrained_cfg or {}).get("label_names") or ()
+    return model, data_config(model), model.num_classes, known_names(model)
 
 
 def quantize(options: QuantizeOptions) -> None:

@@ -11,8 +11,10 @@ import typer
 
 from smi.cli_options import EMBEDDED_TEACHER, ModelOptions
 from smi.cli_progress import progress
+from smi.cli_words import command_line
 from smi.config import PRESETS, preset_or_file
 from smi.errors import SmiError
+from smi.named_losses import NAMED, make_losses, parse_loss
 
 if TYPE_CHECKING:
     from smi.inversion import Inversion
@@ -48,6 +50,16 @@ class TransferOptions(ModelOptions):
             show_default=False,
         ),
     ] = None
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--loss",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="With --teacher: another loss of the inversion; smi losses lists them. Repeatable.",
+            autocompletion=lambda: list(NAMED),
+            show_default=False,
+        ),
+    ] = None
     mode: Annotated[str, typer.Option("--mode", help="probe (the classifier alone) or finetune.")] = "probe"
     tokens: Annotated[str, typer.Option("--tokens", help="kept, all or auto: what a ViT student is fed.")] = "auto"
     fill: Annotated[str, typer.Option("--fill", help="What dropped patches show: as-is, black, mean, noise.")] = "mean"
@@ -72,12 +84,14 @@ class TransferOptions(ModelOptions):
     def __post_init__(self) -> None:
         if (self.pool is None) == (self.teacher is None):
             raise SmiError("give either --pool, with images that are there, or --teacher, to make them meanwhile.")
-        names = ("teacher_checkpoint", "teacher_classes", "inversion")
-        given = [name for name in names if getattr(self, name) is not None]
+        names = ("teacher_checkpoint", "teacher_classes", "inversion", "loss")
+        given = [name for name in names if getattr(self, name) not in (None, [])]
         if given and self.teacher is None:
             raise SmiError(f"--{given[0].replace('_', '-')} goes with --teacher; a pool has been made already.")
         if self.backend != "auto" and self.teacher is None:
             raise SmiError(f"--backend {self.backend} goes with --teacher, which it inverts; leave it out.")
+        for text in self.loss or ():
+            parse_loss(text)
         if self.holdout is not None and self.teacher is not None:
             raise SmiError(
                 f"--holdout {self.holdout:g} goes with --pool; of images made meanwhile the first batch is held out."
@@ -103,7 +117,8 @@ class TransferOptions(ModelOptions):
             merge_to=config.model_merge_to,
             backend=self.backend,
         )
-        return Synthesis(teacher, config, on_iteration)
+        objectives = make_losses([parse_loss(text) for text in self.loss or ()], teacher)
+        return Synthesis(teacher, config, on_iteration, objectives)
 
 
 def transfer(options: TransferOptions) -> None:
@@ -119,6 +134,7 @@ def transfer(options: TransferOptions) -> None:
 
       smi transfer deit_tiny_patch16_224 --teacher deit_base_patch16_224 --out students/live --optimizer sgd
     """
+    from smi.models import EMBEDDED
     from smi.transfer import TransferConfig, teach
 
     config = TransferConfig(
@@ -157,4 +173,9 @@ def transfer(options: TransferOptions) -> None:
         return
     print(f"{options.model}, fed {found.fed} patches: epoch {found.best + 1} of {len(found.curve)} is the best")
     print(f"  agrees with the teacher on {best.agreement:.1%} of the images held out, loss {best.holdout_loss:.4f}")
-    print(f"  {found.path / 'student.safetensors'}")
+    student_file = found.path / "student.safetensors"
+    print(f"  {student_file}")
+    if options.model not in EMBEDDED:  # which take no checkpoint
+        again = {"--checkpoint": student_file, "--num-classes": options.num_classes, "--img-size": options.img_size}
+        words = [word for pair in again.items() if pair[1] is not None for word in pair]
+        print(f"next: {command_line('smi', 'evaluate', options.model, *words, '--data', 'IMAGES')}")

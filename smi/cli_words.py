@@ -1,14 +1,17 @@
-"""What words on the command line mean: settings, lists of numbers and classes, durations, shards, names of folders."""
+"""What words on the command line mean: settings, numbers and classes, durations, shards; and how they are written."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from smi.config import Config
-from smi.errors import SmiError, did_you_mean
+from smi.errors import SmiError, did_you_mean, reason
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from smi.state import ModelInfo
 
 
@@ -44,12 +47,16 @@ def parse_numbers(option: str, text: str) -> list[int | float]:
 
 def parse_classes(text: str, info: ModelInfo) -> list[int]:
     """Numbers, inclusive ranges and class names, in the order given; each class counts once."""
-    names = {name.casefold(): number for number, name in enumerate(info.class_names)}
+    names: dict[str, list[int]] = {}
+    for number, name in enumerate(info.class_names):
+        names.setdefault(name.casefold(), []).append(number)
     chosen: list[int] = []
     for part in (p.strip() for p in text.split(",")):
         span = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", part)
-        if part.casefold() in names:
-            chosen.append(names[part.casefold()])
+        if named := names.get(part.casefold()):
+            if len(named) > 1:
+                raise SmiError(f"the classes {', '.join(map(str, named))} are all named {part!r}; give their numbers.")
+            chosen += named
         elif span:
             first, last = int(span[1]), int(span[2] or span[1])
             if last < first:
@@ -58,10 +65,19 @@ def parse_classes(text: str, info: ModelInfo) -> list[int]:
                 raise SmiError(f"class {last} does not exist; the model has classes 0 to {info.num_classes - 1}.")
             chosen.extend(range(first, last + 1))
         elif names and part:
-            raise SmiError(f"unknown class {part!r}.{did_you_mean(part.casefold(), names, limit=10)}")
+            kinds = [name for name in names if part.casefold() in name.split()]  # of cats, ImageNet has several
+            raise SmiError(f"unknown class {part!r}.{did_you_mean(part.casefold(), kinds or names, limit=10)}")
         else:
             raise SmiError(f"--classes contains {part!r}; expected numbers or ranges such as 0,3,7-9.")
     return list(dict.fromkeys(chosen))
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without the blanks around them."""
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SmiError(f"cannot read {str(file)!r}: {reason(error)}; expected a text file in UTF-8.") from None
 
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0}
@@ -87,3 +103,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 def slug(name: str) -> str:
     """A model name as a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def command_line(*words: object) -> str:
+    """As a shell takes it."""
+    return shlex.join(map(str, words))

@@ -255,7 +255,7 @@ class Comparison:
         settings = {
             **how,
             "config": self.config.replace(strategy="dense").to_dict(),
-            "model": dataclasses.asdict(self.model.info),
+            "model": {k: v for k, v in dataclasses.asdict(self.model.info).items() if k != "class_names"},
             "judge": None if self.judge is None else weights_hash(self.judge),
             "data": self.data,
             "student": None if self.student is None else weights_hash(self._new_student(0)),
@@ -266,6 +266,8 @@ class Comparison:
 
     def _check_same(self, settings: dict[str, Any]) -> None:
         theirs = _read(self.out / "settings.json") or settings
+        if isinstance(theirs.get("model"), dict):  # of a version that told them
+            theirs["model"].pop("class_names", None)
         for name in settings:
             if theirs.get(name) != settings[name]:
                 what, old, new = _first_difference(name, theirs.get(name), settings[name])

@@ -106,12 +106,16 @@ def _transformed(image: Tensor, mask: Tensor, info: ModelInfo, transform: Callab
 
 def open_filled(pool: Pool | str | Path, fill: str) -> Pool:
     """The pool, opened and with at least one image. Raises `SmiError` if it is empty or `fill` is unknown."""
-    if fill not in get_args(Fill):
-        raise SmiError(f"fill is {fill!r}.{did_you_mean(str(fill), get_args(Fill))}")
+    check_fill(fill)
     pool = pool if isinstance(pool, Pool) else open_pool(pool)
     if not len(pool):
         raise SmiError(f"the pool {str(pool.path)!r} holds no finished batch yet; run its inversion first.")
     return pool
+
+
+def check_fill(fill: str) -> None:
+    if fill not in get_args(Fill):
+        raise SmiError(f"fill is {fill!r}.{did_you_mean(str(fill), get_args(Fill))}")
 
 
 def patch_mask(keep: Tensor, num_patches: int) -> Tensor:

@@ -233,8 +233,8 @@ def open_dataset(
         data: ``cifar10:PATH``, ``cifar100:PATH``, ``imagenet:PATH`` as torchvision lays them out there, or a folder
             with one folder of images for each class.
         num_classes: of the model.
-        class_names: of the model; folders named like all of them (as ``smi export`` names them) are taken by name, any
-            others in alphabetical order.
+        class_names: of the model; folders named like all of them, or numbered (as ``smi export`` names them), are taken
+            by name, any others, such as ImageNet's own, in alphabetical order.
         download: fetch what is not at PATH; the CIFARs alone.
 
     Raises:
@@ -293,8 +293,8 @@ def _label_by_name(folder: Any, num_classes: int, class_names: Sequence[str]) ->
     """Where folders are named as an export names them, let names decide: ``10`` sorts before ``2``."""
     from smi.pool import slug
 
-    names = [slug(name) for name in class_names] or [str(number) for number in range(num_classes)]
-    ways = (names, [f"{name}-{number}".lstrip("-") for number, name in enumerate(names)])
+    names, numbers = [slug(name) for name in class_names], [str(number) for number in range(num_classes)]
+    ways = (names, [f"{name}-{number}".lstrip("-") for number, name in enumerate(names)], numbers)
     for way in ways:
         # Slugs are cut, numbers behind them too: cut once more they would be other names.
         mine = [name if name in way else slug(name) for name in folder.classes]

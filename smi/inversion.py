@@ -318,6 +318,8 @@ class Inversion:
             snapshots=torch.stack(snapshots).cpu(),
             snapshot_at=[*(t for t, _ in self._snapshots), self.iteration],
             phases=[*self._phases, *self._phase()],
+            info=self.model.info,
+            config=self.config,
         )
 
     def _stopped_at(self, part: Part) -> Tensor:

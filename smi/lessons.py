@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smi.dataset import Fill, fill_dropped, open_filled
 from smi.errors import SmiError
+from smi.objectives import Objective, Objectives
 from smi.pool import Pool, PoolWriter
 from smi.run import invert_batch
 from smi.state import ModelInfo, Result, WorkPlan
@@ -53,11 +54,14 @@ class Synthesis:
         teacher: what is inverted.
         config: of the inversion; its batch size is the images of a round.
         on_iteration: called as that of `smi.run.run`, with the number of the batch.
+        objectives: further terms of the loss, as for `smi.run.run`. Of a student that is on its device already,
+            `smi.losses.adversarial` sees what it has learnt before each batch.
     """
 
     teacher: SparseModel
     config: Config
     on_iteration: Callable[[int, Inversion], None] | None = field(default=None, compare=False)
+    objectives: Sequence[Objective | Callable[..., Any]] = ()
 
 
 class Stored:
@@ -98,6 +102,7 @@ class Live:
     def __init__(self, synthesis: Synthesis, folder: Path, fill: Fill, epochs: int) -> None:
         self._synthesis, self._fill, self._folder = synthesis, fill, folder
         self.info: ModelInfo = synthesis.teacher.info
+        self._terms = Objectives(synthesis.config, synthesis.objectives).identity
         config, classes = synthesis.config, self.info.num_classes
         repeat = config.images_per_trajectory
         trajectories = (epochs + 1) * config.batch_size
@@ -108,7 +113,8 @@ class Live:
         self._plan = WorkPlan(tuple(t for t in targets for _ in range(repeat)), config.batch_size * repeat)
 
     def identity(self) -> dict[str, Any]:
-        return {"pool": _digest({"made": "meanwhile", "config": self._synthesis.config.resolved().to_dict()})}
+        made: dict[str, Any] = {"made": "meanwhile", "config": self._synthesis.config.resolved().to_dict()}
+        return {"pool": _digest({**made, "objectives": self._terms} if self._terms else made)}
 
     def lessons(self, number: int) -> Lessons:
         """Epoch `number` is trained on batch ``number + 1``; batch 0 is held out."""
@@ -119,12 +125,12 @@ class Live:
 
     def _batch(self, batch: int) -> Result:
         """A batch out of the pool, where it is made if it is missing."""
-        teacher, config = self._synthesis.teacher, self._synthesis.config
-        writer = PoolWriter(self._folder, self.info, config, self._plan, device=teacher.where)
+        asked = self._synthesis
+        teacher, config = asked.teacher, asked.config
+        writer = PoolWriter(self._folder, self.info, config, self._plan, device=teacher.where, objectives=self._terms)
         if batch in writer.missing:
-            writer.write(
-                batch, invert_batch(teacher, self._plan, config, batch, on_iteration=self._synthesis.on_iteration)
-            )
+            made = invert_batch(teacher, self._plan, config, batch, asked.objectives, asked.on_iteration)
+            writer.write(batch, made)
         return Pool(self._folder).load(batch)
 
 

@@ -15,12 +15,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import unicodedata
 import warnings
@@ -33,10 +31,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smi._version import __version__
 from smi.config import Config
 from smi.errors import SmiError, reason
 from smi.files import TEMP, atomic_write, check_inside, read_bytes, remove_temps, sync_folder, writing
+from smi.provenance import versions
 from smi.shard import DAMAGE, build, check_result, decode, decode_state, encode, encode_state, read_hash
 from smi.state import ModelInfo, Result, WorkPlan
 
@@ -98,7 +96,9 @@ class PoolWriter:
         if exists and overwrite:
             read_manifest(self.path)
         elif exists:
-            self._check_same(Pool(self.path))
+            there = Pool(self.path)
+            self._check_same(there)
+            self.info = there.info  # a pool keeps the names of its classes
         with writing(self.path):
             if alone:
                 self._clean(overwrite)
@@ -199,7 +199,7 @@ class PoolWriter:
             ours, theirs = getattr(self, part), getattr(pool, part)
             for field in dataclasses.fields(ours):
                 new, old = getattr(ours, field.name), getattr(theirs, field.name)
-                if new != old:
+                if field.compare and new != old:
                     raise SmiError(
                         f"the pool {str(self.path)!r} was made with {_difference(field.name, old, new)}; "
                         f"choose another folder, or start it over with overwrite (--overwrite)."
@@ -236,12 +236,7 @@ class PoolWriter:
             "config": self.config.to_dict(),
             "objectives": list(self.objectives),
             "plan": dataclasses.asdict(self.plan),
-            "versions": {
-                "smi": __version__,
-                "torch": str(torch.__version__),
-                "timm": importlib.metadata.version("timm"),
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "device": device,
         }
 

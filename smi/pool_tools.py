@@ -215,9 +215,10 @@ def _take(pool: Pool, batch: int, writer: PoolWriter) -> None:
         writer.write(batch, result)
         return
     with writing(out, shard_path(pool.path, batch).stat().st_size):
-        for name in picture_names(pool.info, result):
-            if (pool.path / "png" / name).is_file():
-                _link(pool.path / "png" / name, out / "png" / name)
+        names = (picture_names(info, result) for info in (pool.info, writer.info))  # labels may differ
+        for theirs, ours in zip(*names, strict=True):
+            if (pool.path / "png" / theirs).is_file():
+                _link(pool.path / "png" / theirs, out / "png" / ours)
         _link(shard_path(pool.path, batch), shard_path(out, batch))
 
 

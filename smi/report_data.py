@@ -126,6 +126,7 @@ class Tally:
     ) -> None:
         self.info, self.config, self.judge, self.max_images = info, config, judge, max_images
         self.batches = 0
+        self.peak_memory: int | None = None
         self.classes: dict[int, ClassTally] = {}
         self.phases: dict[tuple[int, int], PhaseTally] = {}
         self.tokens_dense = 0
@@ -144,6 +145,7 @@ class Tally:
             SmiError: the judge does not speak of the model's classes.
         """
         self.batches += 1
+        self.peak_memory = max((n for n in (self.peak_memory, result.peak_memory) if n is not None), default=None)
         self._add_agreement(result)
         self._add_cost(result)
         self._add_drops(result)
@@ -183,6 +185,7 @@ class Tally:
             "target_probability": _finite(math.fsum(c.probability for c in classes) / images),
             "judge_agreement": judge if self.judge is not None else None,
             "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
             "tokens": self.tokens,
             "tokens_dense": self.tokens_dense,
             "tokens_ratio": self.tokens / self.tokens_dense if self.tokens_dense else None,

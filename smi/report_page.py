@@ -424,6 +424,7 @@ def _data_card(tally: Tally, manifest: Mapping[str, Any]) -> Iterator[str]:
     provenance = {
         "created": manifest.get("created"),
         "device": manifest.get("device"),
+        "peak memory": "not measured" if tally.peak_memory is None else f"{tally.peak_memory / 2**20:,.0f} MiB",
         **{f"{name} version": version for name, version in versions.items()},
     }
     model = {k: v for k, v in manifest.get("model", {}).items() if k != "class_names"}

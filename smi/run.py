@@ -18,6 +18,7 @@ from smi.augment import seed_of
 from smi.checks import check_fit
 from smi.errors import SmiError
 from smi.inversion import Inversion
+from smi.logs import peak_memory
 from smi.objectives import Objective, Objectives
 from smi.pool import PoolWriter
 from smi.state import Result, joined
@@ -266,7 +267,8 @@ def invert_batch(
             aside.tries = tries
         result = _invert(model, plan, seeded, indices, objectives, report, aside)
         if result.images.isfinite().all() and result.logits.isfinite().all():
-            return dataclasses.replace(result, tries=tries + 1)
+            peak = peak_memory(model.device)
+            return dataclasses.replace(result, tries=tries + 1, peak_memory=peak, config=config.resolved())
         warnings.warn(f"batch {batch} has values that are not finite; it is made anew from another seed.", stacklevel=2)
     raise SmiError(
         f"batch {batch} has values that are not finite, from {_TRIES} seeds. Use a smaller learning rate than "

@@ -91,7 +91,9 @@ def _parts(result: Result, images: bool) -> tuple[dict[str, Tensor], dict[str, A
     # safetensors refuses tensors that share memory, such as rows of one history.
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     phases = [dataclasses.asdict(phase) for phase in result.phases]
-    return tensors, {"snapshot_at": result.snapshot_at, "phases": phases, "tries": result.tries}
+    extra = {"snapshot_at": result.snapshot_at, "phases": phases, "tries": result.tries}
+    # Left out where it is not known, as in what earlier versions wrote, whose hashes stay right.
+    return tensors, extra if result.peak_memory is None else {**extra, "peak_memory": result.peak_memory}
 
 
 def read_hash(file: Path) -> tuple[str | None, str]:
@@ -168,13 +170,15 @@ def _assemble(tensors: dict[str, Tensor], extra: dict[str, Any]) -> Result:
     at = extra["snapshot_at"]
     if not isinstance(at, list) or not all(isinstance(t, int) for t in at):
         raise ValueError("snapshot_at is not a list of iterations")
+    fields: dict[str, Any] = {name: tensors[name] for name in DTYPES}
     return Result(
-        **{name: tensors[name] for name in DTYPES},
+        **fields,
         losses={name.removeprefix("loss."): values for name, values in tensors.items() if name.startswith("loss.")},
         history={name.removeprefix("history."): v for name, v in tensors.items() if name.startswith("history.")},
         snapshot_at=at,
         phases=[build(Phase, phase) for phase in extra["phases"]],
         tries=int(extra.get("tries", 1)),
+        peak_memory=None if extra.get("peak_memory") is None else int(extra["peak_memory"]),
     )
 
 

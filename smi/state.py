@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smi.errors import SmiError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from smi.config import Config
+    from smi.dataset import Fill
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity and geometry of the model that was inverted; two runs on one pool must agree on all of it.
+    """Identity and geometry of the model that was inverted; two runs on one pool must agree on all but class names.
 
     Attributes:
         name: what the user asked for (timm name with tag, path, ``embedded:teacher``).
@@ -25,7 +30,7 @@ class ModelInfo:
         num_prefix_tokens: class, distillation and register tokens.
         num_classes: length of the logits.
         ranking: resolved ranking signal.
-        class_names: one per logit where known, else empty.
+        class_names: one per logit where known, else empty; they may repeat. Infos that differ in them alone are equal.
     """
 
     name: str
@@ -38,7 +43,7 @@ class ModelInfo:
     num_prefix_tokens: int
     num_classes: int
     ranking: str
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_patches(self) -> int:
@@ -85,6 +90,9 @@ class Result:
         snapshot_at: S iterations.
         phases: in order.
         tries: seeds that it took to get finite images, see `smi.run.invert_batch`; 1 is the config's own.
+        peak_memory: bytes of the process at the most, from its start to the end of the batch: of tensors on a GPU, else
+            resident; None where nobody measured.
+        info, config: what it was made of, and how; None where it was read from a pool, which has them itself.
     """
 
     images: Tensor
@@ -99,6 +107,24 @@ class Result:
     snapshot_at: list[int]
     phases: list[Phase] = field(default_factory=list)
     tries: int = 1
+    peak_memory: int | None = None
+    info: ModelInfo | None = field(default=None, repr=False)
+    config: Config | None = field(default=None, repr=False)
+
+    def save(self, folder: str | Path, *, fill: Fill = "as-is", overwrite: bool = False) -> Path:
+        """Write the images to the new folder as PNG files, by class, with a line each in ``metadata.jsonl``.
+
+        It is the ``imagefolder`` of `smi.export.export_pool`, which says what `fill` and `overwrite` are.
+
+        Returns:
+            the folder, absolute.
+
+        Raises:
+            SmiError: as `smi.export.export_pool`; a result that was read from a pool.
+        """
+        from smi.export import save_result
+
+        return save_result(self, folder, fill=fill, overwrite=overwrite)
 
 
 def joined(parts: Sequence[Result], snapshots: int) -> Result:
@@ -110,7 +136,7 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
         name: sum(part.history[name] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
         for name in parts[0].history
     }
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in ROWS}
+    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in ROWS}
     stages = zip(*(part.phases for part in parts), strict=True)
     phases = [
         Phase(same[0].start, same[0].stop, same[0].kept, sum(p.seconds for p in same), sum(p.flops for p in same))
@@ -124,6 +150,8 @@ def joined(parts: Sequence[Result], snapshots: int) -> Result:
         snapshot_at=parts[0].snapshot_at,
         phases=phases,
         tries=max(part.tries for part in parts),
+        info=parts[0].info,
+        config=parts[0].config,
     )
 
 

@@ -384,6 +384,28 @@ def test_info() -> None:
     assert SparseModel(model, mean=[0.1], std=(0.2, 0.3, 0.4)).info.mean == (0.1,) * 3
 
 
+def test_classes_of_imagenet_have_their_names() -> None:
+    """Against names that everybody knows, and only where card and head say that they are ImageNet's."""
+    small = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    names = SparseModel(timm.create_model("deit_tiny_patch16_224.fb_in1k", **small)).info.class_names
+    assert len(names) == 1000
+    assert (names[1], names[2], names[207], names[281]) == (
+        "goldfish",
+        "great white shark",
+        "golden retriever",
+        "tabby",
+    )
+    assert [number for number, name in enumerate(names) if name == "crane"] == [134, 517]
+    wide = timm.create_model("vit_tiny_patch16_224.augreg_in21k", **small)
+    assert len(SparseModel(wide).info.class_names) == wide.num_classes == 21843
+    other = timm.create_model("deit_tiny_patch16_224.fb_in1k", num_classes=10, **small)
+    assert SparseModel(other).info.class_names == ()
+    unknown = timm.create_model("deit_tiny_patch16_224.fb_in1k", **small)
+    unknown.pretrained_cfg = {**unknown.pretrained_cfg, "tag": "mine"}
+    assert SparseModel(unknown).info.class_names == ()
+    assert SparseModel(unknown, class_names=[f"my {n}" for n in range(1000)]).info.label(3) == "my 3"
+
+
 def test_hash_sees_every_bit_and_nothing_else() -> None:
     model = build("deit")
     first = weights_hash(model)

@@ -418,6 +418,7 @@ def test_models(call: Call) -> None:
 def test_info(call: Call, pool: Path) -> None:
     code, printed, _ = call("info", pool)
     assert code == 0
+    assert re.search(r"  memory    [\d.]+ [MG]iB at the peak\n", printed)
     for text in ("6 of 6 images, 3 of 3 batches", "test_vit", "11 from 4, 7 from 8", "6 of 10", "teacher agrees on"):
         assert text in printed
     facts = json.loads(call("info", pool, "--json")[1])
@@ -438,6 +439,23 @@ def test_report(call: Call, pool: Path, tmp_path: Path) -> None:
     code, printed, _ = call("report", pool, "--out", tmp_path / "page.html", "--images", 2)
     assert (code, printed) == (0, f"{tmp_path / 'page.html'}\n")
     assert "test_vit" in (tmp_path / "page.html").read_text()
+
+
+def test_report_names_a_judge(call: Call, pool: Path, tmp_path: Path) -> None:
+    judge: Any = timm.create_model("test_resnet", num_classes=10)
+    with torch.no_grad():
+        judge.fc.weight.zero_()
+        judge.fc.bias.copy_(torch.eye(10)[3])  # it sees class 3 in everything, and one image of six is of that
+    save_file(judge.state_dict(), tmp_path / "judge.safetensors")
+    page = tmp_path / "page.html"
+    assert call("report", pool, "--out", page)[0] == 0
+    assert "No second network judged these images" in page.read_text()
+    named = ["--judge", "test_resnet", "--judge-checkpoint", tmp_path / "judge.safetensors"]
+    assert call("report", pool, "--out", page, *named)[0] == 0
+    assert '<div class="name">judge agreement</div><div class="value">16.7' in page.read_text()
+    assert_one_line(call("report", pool, "--judge-checkpoint", "x.pth"), "--judge-checkpoint goes with --judge")
+    assert_one_line(call("report", pool, "--judge", "resnet5"), "unknown model 'resnet5'")
+    assert_one_line(call("report", tmp_path / "none", "--judge", "test_resnet"), "there is no pool")
 
 
 def test_export(call: Call, pool: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,29 @@ def test_classes_by_number_range_and_name() -> None:
     for text, message in [("3-1", "write 1-3"), ("4", "classes 0 to 3"), ("dgo", "'dog'"), ("", "expected numbers")]:
         with pytest.raises(SmiError, match=message):
             parse_classes(text, INFO)
+    cranes = dataclasses.replace(INFO, class_names=("crane", "dog", "Crane", "cat"))
+    assert parse_classes("dog,2,cat", cranes) == [1, 2, 3]
+    with pytest.raises(SmiError, match="classes 0, 2 are all named 'crane'; give their numbers"):
+        parse_classes("cat,crane", cranes)
+    with pytest.raises(SmiError, match=r"unknown class 'shark'\. Choose one of: great white shark\.$"):
+        parse_classes("shark", INFO)
+
+
+def test_names_of_classes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    options = InvertOptions(model="test_vit", no_pretrained=True, num_classes=3, class_names=file, classes="zebra,Ant")
+    with pytest.raises(SmiError, match=r"cannot read '.*names.txt': No such file"):
+        options.build(0)
+    file.write_bytes(b"\xff")
+    with pytest.raises(SmiError, match="expected a text file in UTF-8"):
+        options.build(0)
+    file.write_text("ant\nbee\n")
+    with pytest.raises(SmiError, match="has 2 lines, the model 3 classes"):
+        options.build(0)
+    file.write_text("ant\n bee eater \nzebra")
+    info = options.load(options.make_config()).info
+    assert info.class_names == ("ant", "bee eater", "zebra")
+    assert options.make_plan(info, options.make_config()).targets[:2] == (2, 0)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("45", 45), ("0.5h", 1800)])

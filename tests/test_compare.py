@@ -351,6 +351,10 @@ def test_a_figure_is_taken_once_and_seeds_are_added(
     assert steps == [(i + 1, len(steps)) for i in range(len(steps))]
     cells = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("cells/*.json")}
     assert {*first} <= {*cells}
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert "class_names" not in settings["model"]
+    settings["model"]["class_names"] = ["as", "earlier", "versions", "told", "them"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     both = CompareConfig(**{**HOW.__dict__, "seeds": (1, 2)})
     record = smi.compare(model, tmp_path, CONFIG, both, judge=tiny(3))
     assert all(file.stat().st_mtime_ns == written for file, written in cells.items())

@@ -6,23 +6,27 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pools import INFO
 from small import CLASSES, one_thread, tiny  # noqa: F401
 from test_cli import Call, call  # noqa: F401
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import smi
 from smi import embedded
+from smi.adapters.timm_names import known_names
 from smi.calibration import from_noise
 from smi.errors import SmiError
-from smi.evaluation import compiled, data_config, data_transform, evaluate_together, open_dataset
+from smi.evaluation import _label_by_name, compiled, data_config, data_transform, evaluate_together, open_dataset
 from smi.export import _class_folders
 
 IDENTITY = torch.eye(6)
@@ -215,7 +219,24 @@ def test_folders_named_after_the_classes_are_taken_by_name(tmp_path: Path) -> No
     found = labels(open_dataset(str(named), plain, num_classes=11, class_names=long))
     assert found == {name: number for number, name in enumerate(exported)}
     many = write_folder(tmp_path / "many", [str(number) for number in range(11)])
-    assert labels(open_dataset(str(many), plain, num_classes=11)) == {str(number): number for number in range(11)}
+    numbered = {str(number): number for number in range(11)}
+    assert labels(open_dataset(str(many), plain, num_classes=11)) == numbered
+    # Exported of a pool whose model had no names yet.
+    assert labels(open_dataset(str(many), plain, num_classes=11, class_names=long)) == numbered
+
+
+def test_folders_of_imagenet_are_taken_in_their_order_though_its_classes_have_names(tmp_path: Path) -> None:
+    info = ImageNetInfo()
+    names = known_names(timm.create_model("test_vit.r160_in1k"))
+    assert len(names) == 1000 and info.label_names() == sorted(info.label_names())
+    folder = SimpleNamespace(classes=info.label_names(), target_transform=None)
+    _label_by_name(folder, 1000, names)
+    assert folder.target_transform is None
+    exported = _class_folders(dataclasses.replace(INFO, num_classes=1000, class_names=names))
+    assert exported[134] == "crane-134" and len(set(exported)) == 1000
+    folder.classes = sorted(exported)
+    _label_by_name(folder, 1000, names)
+    assert [exported[folder.target_transform(place)] for place in range(1000)] == sorted(exported)
 
 
 def write_cifar10(path: Path) -> None:

@@ -16,11 +16,13 @@ from PIL import Image
 from pools import INFO, LABELS, PLAN, files_of, fill_pool, make_result, open_writer
 
 from smi import export
+from smi.augment import seed_of
 from smi.dataset import SyntheticDataset, fill_dropped
 from smi.errors import SmiError
 from smi.export import CalibrationReader, export_pool
 from smi.pool import Pool, to_pixels
 
+ARRAYS = {"README.md", "images.npy", "targets.npy", "keep.npy", "logits.npy"}
 FOLDERS = ("etc-passwd-0", "great-white-shark-sp-1", "a-b-c-2", "3")
 
 
@@ -43,7 +45,7 @@ def test_imagefolder(pool: Pool, out: Path, fill: Any) -> None:
     assert export_pool(pool, out, "imagefolder", fill=fill) == out
     lines, data = lines_of(out), SyntheticDataset(pool, fill=fill)
     assert len(lines) == 7
-    assert set(files_of(out)) == {"metadata.jsonl"} | {line["file_name"] for line in lines}
+    assert set(files_of(out)) == {"README.md", "metadata.jsonl"} | {line["file_name"] for line in lines}
     for number, line in enumerate(lines):
         image, keep, target, logits = data[number]
         assert line == {
@@ -53,6 +55,9 @@ def test_imagefolder(pool: Pool, out: Path, fill: Any) -> None:
             "kept": 2,
             "keep": keep.nonzero()[:, 0].tolist(),
             "confidence": pytest.approx(float(logits.softmax(0)[target])),
+            "logits": pytest.approx(logits.tolist(), abs=1e-5),
+            "losses": {"cross_entropy": float(make_result(number // 3).losses["cross_entropy"][number % 3])},
+            "seed": 5,
         }
         picture = np.asarray(Image.open(out / line["file_name"]))
         assert np.array_equal(picture, to_pixels(image, INFO).permute(1, 2, 0).numpy())
@@ -96,11 +101,55 @@ def test_hugging_face_reads_the_imagefolder(pool: Pool, out: Path, tmp_path: Pat
 def test_npy(pool: Pool, out: Path, fill: Any) -> None:
     export_pool(pool, out, "npy", fill=fill)
     images, targets = np.load(out / "images.npy", mmap_mode="r"), np.load(out / "targets.npy")
-    expected = torch.stack([item[0] for item in list(SyntheticDataset(pool, fill=fill))])  # type: ignore[call-overload]
+    data = SyntheticDataset(pool, fill=fill)
+    expected, masks, _, told = map(torch.stack, zip(*(data[i] for i in range(7)), strict=True))
     assert (images.dtype, images.shape, targets.dtype) == (np.float32, (7, 3, 8, 8), np.int64)
     assert np.array_equal(images, expected.numpy())
     assert targets.tolist() == list(PLAN.targets)
-    assert set(files_of(out)) == {"images.npy", "targets.npy"}
+    keep, logits = np.load(out / "keep.npy"), np.load(out / "logits.npy")
+    assert (keep.dtype, logits.dtype) == (np.bool_, np.float32)
+    assert np.array_equal(keep, masks.numpy()) and np.array_equal(logits, told.numpy())
+    assert set(files_of(out)) == ARRAYS
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_a_card_says_what_the_images_are(pool: Pool, out: Path, format: str) -> None:
+    export_pool(pool, out, format, fill="mean")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# 7 synthetic images\n") and "None is a photograph" in card and "licence" in card
+    for said in ("`hand:made`", "0" * 64, "sparse, strict, 6 iterations, seed 5", pool.manifest["created"][:10]):
+        assert said in card
+    assert "dropped patches: mean" in card
+    assert ("less the mean [0.5, 0.4, 0.3]" in card) is (format == "npy")
+
+
+def test_a_result_saves_what_the_pool_of_it_exports(pool: Pool, out: Path) -> None:
+    result = dataclasses.replace(make_result(0), info=INFO, config=pool.config, tries=3)
+    assert result.save(out, fill="noise") == out
+    whole = files_of(export_pool(pool, out.with_name("whole"), "imagefolder", fill="noise"))
+    files, first = files_of(out), [line | {"seed": seed_of(5, 3)} for line in lines_of(out.with_name("whole"))[:3]]
+    assert lines_of(out) == first
+    assert {name: files[name] for name in files if name.endswith(".png")} == {
+        line["file_name"]: whole[line["file_name"]] for line in first
+    }
+    assert files["README.md"].startswith(b"# 3 synthetic images\n")
+    with pytest.raises(SmiError, match="already exists"):
+        result.save(out)
+    with pytest.raises(SmiError, match="read from a pool; export the pool"):
+        pool.load(0).save(out, overwrite=True)
+    with pytest.raises(SmiError, match="fill is 'white'"):
+        result.save(out, fill="white", overwrite=True)  # type: ignore[arg-type]
+    assert files_of(out) == files
+
+
+def test_exports_of_earlier_versions_can_be_overwritten(pool: Pool, out: Path) -> None:
+    export_pool(pool, out, "npy")
+    for name in ARRAYS - {"images.npy", "targets.npy"}:
+        (out / name).unlink()
+    export_pool(pool, out, "imagefolder", overwrite=True)
+    (out / "README.md").unlink()
+    export_pool(pool, out, "npy", overwrite=True)
+    assert set(files_of(out)) == ARRAYS
 
 
 def test_incomplete_pools_export_what_is_there(tmp_path: Path, out: Path) -> None:
@@ -116,7 +165,7 @@ def test_existing_output_is_kept_unless_it_is_an_export(pool: Pool, out: Path) -
         export_pool(pool, out, "npy")
     assert files_of(out) == before
     export_pool(pool, out, "npy", overwrite=True)
-    assert set(files_of(out)) == {"images.npy", "targets.npy"}
+    assert set(files_of(out)) == ARRAYS
     (out / "notes.txt").write_text("mine")
     before = files_of(out)
     with pytest.raises(SmiError, match="not replaced"):

@@ -206,7 +206,7 @@ def test_calibration_and_transfer_read_it(source: Path, tmp_path: Path) -> None:
 
 def test_other_seeds_and_values_that_are_not_finite(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "pool")
-    result = dataclasses.replace(make_result(0), tries=3)
+    result = dataclasses.replace(make_result(0), tries=3, peak_memory=7)
     result.logits[1, 0] = torch.nan
     writer.write(0, result)
     pool = pack(tmp_path / "pool", tmp_path / "out")
@@ -217,7 +217,7 @@ def test_other_seeds_and_values_that_are_not_finite(tmp_path: Path) -> None:
         said = [json.loads(record.members["json"])["confidence"] for record in records(shard)]
     assert [value is None for value in said] == [False, True, False]
     assert verify(pool.path).problems == ["shard-000000.tar: image 00000001 has logits that are not finite."]
-    assert stats(pool.path)["retried"] == [0]
+    assert stats(pool.path)["retried"] == [0] and pool.load(0).peak_memory == 7
 
 
 def test_an_image_that_is_too_large_is_said(source: Path, tmp_path: Path) -> None:

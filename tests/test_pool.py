@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pools import CONFIG, INFO, LABELS, PLAN, assert_same, files_of, fill_pool, make_result, open_writer
+from safetensors import safe_open
 
+from smi import provenance
 from smi.config import Config
 from smi.errors import SmiError
 from smi.pool import Pool, PoolWriter, slug, to_pixels
+from smi.report import summary, write_report
 from smi.state import Result, WorkPlan
 
 SHARD = "shards/00000.safetensors"
@@ -64,8 +68,50 @@ def test_manifest_records_where_it_comes_from(pool: Pool) -> None:
     assert pool.manifest["format"] == "smi-pool"
     assert pool.manifest["format_version"] == 1
     assert pool.manifest["device"] == "cpu"
-    assert set(pool.manifest["versions"]) == {"smi", "torch", "timm", "python"}
+    assert {"smi", "torch", "timm", "torchvision", "python"} <= set(pool.manifest["versions"])
+    assert pool.manifest["versions"] == provenance.versions()
     assert pool.manifest["plan"] == {"targets": list(PLAN.targets), "batch_size": 3}
+
+
+def test_versions_name_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "smi").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "smi" / "provenance.py"))
+    local = provenance._local.__wrapped__
+    assert local() == ""
+    git("init", "--quiet")
+    assert local() == "", "a checkout without a commit"
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "--quiet", "--message", "m")
+    git("tag", "v1")
+    assert local() == f"+g{git('rev-parse', 'HEAD')[:12]}"
+    (tmp_path / "a").write_text("2")
+    assert local() == f"+g{git('rev-parse', 'HEAD')[:12]}.dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local() == "", "no git"
+
+
+def test_peak_memory_is_kept_where_it_was_measured(path: Path) -> None:
+    """And where it was not, the shard is what earlier versions wrote, to the last bit."""
+    writer = open_writer(path)
+    writer.write(0, make_result(0))
+    extra = json.loads(read_header(path / SHARD)["smi"])
+    assert set(extra) == {"snapshot_at", "phases", "tries", "sha256"}
+    assert Pool(path).load(0).peak_memory is None and summary(path)["peak_memory_bytes"] is None
+    for batch, peak in ((1, 5 * 2**30), (2, 4 * 2**30)):
+        writer.write(batch, dataclasses.replace(make_result(batch), peak_memory=peak))
+        assert Pool(path).load_verified(batch).peak_memory == peak
+    assert summary(path)["peak_memory_bytes"] == 5 * 2**30
+    assert "<td>peak memory</td><td><code>5,120 MiB</code>" in write_report(path).read_text()
+
+
+def read_header(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as shard:
+        return dict(shard.metadata())
 
 
 def test_special_floats_and_empty_parts_survive(path: Path) -> None:
@@ -259,6 +305,18 @@ def test_another_pool_is_not_resumed(pool: Pool, changes: dict[str, Any], words:
     before = files_of(pool.path)
     one_line(lambda: open_writer(pool.path, **changes), "--overwrite", *words)
     assert files_of(pool.path) == before
+
+
+@pytest.mark.parametrize(("old", "new"), [((), ("a", "b", "c", "d")), (("a", "b", "c", "d"), ())])
+def test_a_pool_keeps_the_names_of_its_classes(path: Path, old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Or one of a version that knew none could not be gone on with, and pictures would have names of two kinds."""
+    open_writer(path, info=dataclasses.replace(INFO, class_names=old)).write(0, make_result(0))
+    writer = open_writer(path, info=dataclasses.replace(INFO, class_names=new))
+    assert writer.missing == [1, 2]
+    writer.write(1, make_result(1))
+    assert Pool(path).info.class_names == old
+    label = old[3] if old else "3"
+    assert f"000003_{label}.png" in files_of(path / "png")
 
 
 def test_long_plans_are_told_apart_in_one_line(path: Path) -> None:

@@ -157,6 +157,7 @@ def test_summary_is_what_hand_reckoning_gives(tmp_path: Path) -> None:
         "teacher_agreement": 2 / 3,
         "judge_agreement": None,
         "seconds": 2.0,
+        "peak_memory_bytes": None,
         # An image: 1 x (6 + 1) + 2 x (3 + 1) + 2 x (2 + 1) tokens, dense 5 x 7; 70 + 80 + 60 FLOPs, dense 5 x 70.
         "tokens": 3 * 21,
         "tokens_dense": 3 * 35,

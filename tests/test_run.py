@@ -356,10 +356,12 @@ def test_a_batch_that_is_not_finite_is_made_from_another_seed_and_says_so(
         return found
 
     monkeypatch.setattr(Inversion, "result", spoilt)
+    configs = []
     with pytest.warns(UserWarning, match="batch 1 has values that are not finite; it is made anew from another seed"):
-        done = run(model, PLAN, CONFIG, tmp_path / "pool")
+        done = run(model, PLAN, CONFIG, tmp_path / "pool", on_batch=lambda _, result, __: configs.append(result.config))
     assert done.complete
     pool = Pool(tmp_path / "pool")
+    assert configs == [pool.config] * 3
     assert [pool.load(batch).tries for batch in range(3)] == [1, 2, 1]
     assert stats(tmp_path / "pool")["retried"] == [1] and stats(whole)["retried"] == []
     assert_same(pool.load(0), Pool(whole).load(0))

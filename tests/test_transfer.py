@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from safetensors.torch import load_file
 from small import one_thread, tiny  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner
 
 import smi
 from smi.cli import app
 from smi.dataset import SyntheticDataset
+from smi.evaluation import data_config, data_transform
+from smi.export import export_pool
 from smi.files import atomic_write
 from smi.lessons import Stored
 from smi.pool import Pool, PoolWriter
-from smi.run import run
+from smi.run import invert_batch, run
 from smi.transfer import TransferConfig, divergence, teach
 
 SHORT = TransferConfig(epochs=3, batch_size=8, holdout=0.25)
@@ -330,6 +334,28 @@ def test_synthesis_interrupted_within_a_batch_goes_on_bit_for_bit(tmp_path: Path
         teach(student(), synthesis(tv2=0.5), tmp_path / "parts", config)
 
 
+def test_images_are_made_in_competition_with_what_the_student_has_learnt(tmp_path: Path) -> None:
+    """Batch 2 comes after the first epoch; alone, against a copy of the student of that moment, it is the same."""
+    asked, taught, moment = synthesis(), student(), student()
+    info = asked.teacher.info
+    rivals = [smi.losses.adversarial(taught, info, weight=2.0)]
+    teach(
+        taught,
+        replace(asked, objectives=rivals),
+        tmp_path,
+        TransferConfig(epochs=2, batch_size=4, mode="finetune"),
+        progress=lambda epoch, _: None if epoch else moment.load_state_dict(taught.state_dict()),
+    )
+    pool = Pool(tmp_path / "pool")
+    assert pool.objectives == tuple(one.identity for one in rivals)
+    alone = invert_batch(asked.teacher, pool.plan, MEANWHILE, 2, [smi.losses.adversarial(moment, info, weight=2.0)])
+    assert torch.equal(pool.load(2).images, alone.images)
+    first = invert_batch(asked.teacher, pool.plan, MEANWHILE, 2, [smi.losses.adversarial(student(), info, weight=2.0)])
+    assert not torch.equal(first.images, alone.images)
+    with pytest.raises(smi.SmiError, match="holds another run: its pool"):
+        teach(student(), asked, tmp_path, TransferConfig(epochs=2, batch_size=4, mode="finetune"))
+
+
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     config, refused = TransferConfig(epochs=1, batch_size=4), []
 
@@ -349,9 +375,11 @@ def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
     args = [
         "transfer", "resnet10t", "--no-pretrained", "--num-classes", "10", "--teacher", "embedded:teacher", "--out",
         str(tmp_path / "out"), "--epochs", "1", "--inversion", str(tmp_path / "inversion.yaml"), "--device", "cpu",
+        "--loss", "margin:weight=0.5",
     ]  # fmt: skip
     found = CliRunner().invoke(app, [*args, "--json"])
     assert found.exit_code == 0, found.output
+    assert Pool(tmp_path / "out" / "pool").objectives == (smi.losses.margin(weight=0.5).identity,)
     assert len(json.loads(found.output)["curve"]) == 1 and len(Pool(tmp_path / "out" / "pool")) == 20
     for wrong, complaint in (
         (["--pool", "p", "--teacher", "embedded:teacher"], "either --pool"),
@@ -360,6 +388,8 @@ def test_the_command_inverts_the_teacher_meanwhile(tmp_path: Path) -> None:
         (["--pool", "p", "--backend", "triton"], "--backend triton goes with --teacher"),
         (["--teacher", "embedded:teacher", "--holdout", "0.3"], "--holdout 0.3 goes with --pool"),
         (["--pool", "p", "--teacher-classes", "0"], "--teacher-classes goes with --teacher"),
+        (["--pool", "p", "--loss", "margin"], "--loss goes with --teacher"),
+        (["--teacher", "embedded:teacher", "--loss", "margn"], "unknown loss 'margn'"),
         (["--teacher", "embedded:teacher", "--inversion", "dmo"], "unknown preset 'dmo'"),
     ):
         shown = CliRunner().invoke(app, ["transfer", "resnet10t", "--no-pretrained", "--out", "o", *wrong])
@@ -437,5 +467,18 @@ def test_the_command_prints_what_was_found(pool: Path, tmp_path: Path, monkeypat
     assert f"epoch {found['best'] + 1} of 2 is the best" in shown.output
     again = CliRunner().invoke(app, args)  # done already, and no terminal
     assert again.stderr == "" and again.stdout == shown.stdout
+    export_pool(pool, tmp_path / "images", "imagefolder")
+    words = shlex.split(shown.stdout.splitlines()[-1].removeprefix("next: smi "))
+    evaluated = CliRunner().invoke(app, [*(str(tmp_path / "images") if w == "IMAGES" else w for w in words), "--json"])
+    assert evaluated.exit_code == 0, evaluated.output
+    right: Any = timm.create_model("resnet10t", num_classes=CLASSES)
+    right.load_state_dict(load_file(tmp_path / "r10" / "student.safetensors"))
+    with torch.no_grad():
+        right.eval()
+        seen = [
+            int(right(data_transform(data_config(right))(picture)[None]).argmax()) == label
+            for picture, label in ImageFolder(str(tmp_path / "images"))
+        ]
+    assert json.loads(evaluated.stdout)["top1"] == sum(seen) / len(seen)
     wrong = CliRunner().invoke(app, [*args[:-2], "--mode", "teach"])
     assert wrong.exit_code == 2 and "mode is 'teach'" in wrong.output

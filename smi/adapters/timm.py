@@ -23,6 +23,7 @@ import smi_kernels
 import smi_kernels.backends
 from smi.adapters.rollout import attention_rollout
 from smi.adapters.timm_merge import Merging, merge_inside, merging_reasons
+from smi.adapters.timm_names import known_names
 from smi.adapters.timm_slots import AttentionTap, EmbedSlot, GatherSlot, frozen_twin
 from smi.config import ModelRanking, Precision
 from smi.devices import resolve_device
@@ -49,7 +50,8 @@ class SparseModel:
             attention pooling's, else the attention each patch receives in the last block. ``attention_rollout`` takes
             the class token's attention through all blocks, on timm's modules whatever the backend.
         mean, std: per channel; default the model's own data config.
-        class_names: one for each logit, for people; default what the model's own config says.
+        class_names: one for each logit, for people; default what the model's own config says, or
+            ImageNet's where timm's card says that it was trained on that.
         backend: what `feed` runs on: ``triton`` is fused kernels for GPUs, ``cpu`` compiled operators, ``cuda`` both
             on a GPU, ``reference`` timm's own modules; ``auto`` takes what is made for the device where it can run
             this model.
@@ -131,7 +133,7 @@ class SparseModel:
 
         data = resolve_model_data_config(model)
         card = getattr(model, "pretrained_cfg", None) or {}
-        labels = tuple(class_names or card.get("label_names") or ())
+        labels = tuple(class_names) or known_names(model)
         self._ranking = self._resolve_ranking(ranking)
         self.info = ModelInfo(
             name=name or card.get("architecture") or type(model).__name__,
