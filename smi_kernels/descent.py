@@ -183,7 +183,11 @@ class PixelDescent:
 
     @torch.no_grad()
     def rank(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` patches with most class attention, un-augmented: (B, count) int64, and (B, K) the attention."""
+        """The `count` patches with most class attention, un-augmented: (B, count) int64, and (B, K) the attention.
+
+        Raises:
+            ValueError: `count` is outside 1..K.
+        """
         trace = self.vit.run(self.images, self.keep, None, trace=False)
         keep = self.keep
         if keep is None:

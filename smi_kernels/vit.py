@@ -364,14 +364,17 @@ class SparseViT(nn.Module):
 
         Args:
             keep: (B, K) int64, increasing along each row: the patches that were fed.
+            count: 1 <= count <= K.
 
         Returns:
             (B, count) int64, increasing; (B, K) float32.
 
         Raises:
-            ValueError: tokens are merged.
+            ValueError: `count` is outside 1..K, or tokens are merged.
         """
         w, last = self.weights, self.weights.blocks[-1]
+        if not 1 <= count <= keep.shape[1]:
+            raise ValueError(f"count is {count}; expected 1 to {keep.shape[1]}, the number of patches that were fed.")
         if trace.size is not None:
             raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         assert trace.query is not None and trace.key is not None

@@ -387,6 +387,20 @@ def test_what_a_descent_would_read_beyond_the_end_of_is_refused(wrong: dict[str,
         PixelDescent(descent.vit, **{**right, **wrong})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_more_patches_are_chosen_than_were_fed(backend: str) -> None:
+    for model in (tiny(depth=1), tiny(depth=1, class_token=False, global_pool="avg")):
+        images, table = torch.zeros(2, 3, 16, 16, device=DEVICE), torch.zeros(1, 1, 3, dtype=torch.int64, device=DEVICE)
+        targets, low = torch.tensor([0, 1], device=DEVICE), torch.zeros(3, device=DEVICE)
+        descent = PixelDescent(SparseViT.from_timm(model.to(DEVICE)), images, targets, table, low=low, high=low + 1)
+        descent.prune(torch.arange(15, device=DEVICE).repeat(2, 1))
+        with use_backend(backend):
+            for count in (16, 0, -1):
+                with pytest.raises(ValueError, match=f"count is {count}; expected 1 to 15, the number of patches"):
+                    descent.rank(count)
+            assert descent.rank(15)[0].tolist() == [list(range(15))] * 2
+
+
 # --- precisions of the kernels alone ---
 
 
