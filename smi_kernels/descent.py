@@ -72,7 +72,7 @@ class PixelDescent:
     Attributes:
         iteration: iterations done.
         in_graphs: whether iterations are captured in CUDA graphs, so that the host only starts several at once.
-        images: as they are now.
+        images: as they are now; may be written to in place between calls.
         exp_avg, exp_avg_sq: Adam's moments, like `images`.
         keep: (B, K) int64, or None while no patch was pruned.
         cross_entropies: (T, B), of every iteration done.
@@ -151,6 +151,7 @@ class PixelDescent:
         self._halves: _Halves | None = None
         self._given = (True, True)  # whether the loss gave gradients of logits and of images, when last launched
         self._captured = vit.weights, vit.merge_to
+        self._version = _version(self.images)  # that `_sums` are of
 
     @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
@@ -166,6 +167,8 @@ class PixelDescent:
         if weights is not self.vit.weights or merge_to != self.vit.merge_to:  # a graph knows addresses and shapes
             self._forget()
             self._captured = self.vit.weights, self.vit.merge_to
+        if iterations and _version(self.images) != self._version:  # somebody else wrote to them
+            self._store(self.images, torch.ops.smi.prior_sums(self.images))
         while iterations:
             done = 1
             if self.in_graphs and self._ran:
@@ -271,6 +274,7 @@ class PixelDescent:
         else:
             self.images.set_(images)  # type: ignore[call-overload]
             self._sums = sums
+        self._version = _version(self.images)
 
     def _once(self, images: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         if self._loss is None:
@@ -350,6 +354,10 @@ class PixelDescent:
             made.append(self.vit.backward(trace, d_logits, dstats, self._scale[part]))
             del trace  # the next part's takes its memory
         return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _version(images: Tensor) -> int | None:
+    return None if images.is_inference() else images._version  # of inference mode, which counts none
 
 
 def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: Tensor, high: Tensor) -> None:
