@@ -68,6 +68,11 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
+    def _apply(self, function: Any, recurse: bool = True) -> Accelerated:
+        self.vit._apply(function)  # which may refuse, and then the caller's model stays what it is
+        super()._apply(function, recurse)
+        return self
+
     def _fold(self) -> None:
         if self.model.training:
             raise ValueError("the model is in training mode, where dropout may act; call .eval() on it first.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -130,3 +131,19 @@ def test_networks_move_but_do_not_change_precision() -> None:
     with pytest.raises(ValueError, match=r"folded for fp32; fold the model again"):
         vit.half()
     assert vit.to("meta").weights.patch_weight.is_meta
+
+
+def test_a_precision_that_is_refused_leaves_the_model_alone() -> None:
+    model = tiny().to(DEVICE)
+    fast, images, before = (
+        accelerate(model),
+        torch.randn(1, 3, 16, 16, device=DEVICE),
+        copy.deepcopy(model.state_dict()),
+    )
+    for change in (fast.half, fast.double, lambda: fast.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"folded for fp32; fold the model again"):
+            change()
+        now = model.state_dict()
+        assert all(now[name].dtype == old.dtype and torch.equal(now[name], old) for name, old in before.items())
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    assert fast.to("meta").patch_embed.proj.weight.is_meta and fast.vit.weights.patch_weight.is_meta
