@@ -364,12 +364,15 @@ def _check(vit: SparseViT, images: Tensor, targets: Tensor, table: Tensor, low: 
     """Raises ValueError for what kernels on a GPU would read beyond the end of, or not find."""
     vit.check(images, None, None)
     (B, C), classes = images.shape[:2], vit.weights.num_classes
-    if targets.shape != ((B, classes) if targets.is_floating_point() else (B,)):
+    probabilities = targets.is_floating_point()
+    if targets.shape != ((B, classes) if probabilities else (B,)) or not (
+        probabilities or targets.dtype == torch.int64
+    ):
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({B},) int64 classes or "
             f"({B}, {classes}) probabilities."
         )
-    if not targets.is_floating_point() and B and not targets.is_meta:
+    if not probabilities and B and not targets.is_meta:
         least, most = int(targets.min()), int(targets.max())
         if not 0 <= least <= most < classes:
             raise ValueError(f"targets are {least} to {most}; expected 0 to {classes - 1}.")

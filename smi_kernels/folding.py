@@ -441,7 +441,7 @@ def _block(block: Any) -> list[str]:
                 reasons.append("it normalises queries and keys before it turns them")
             elif not isinstance(norm, (nn.Identity, nn.LayerNorm)):
                 reasons.append(f"query and key are normalised by {type(norm).__name__}, not LayerNorm")
-        if not 16 <= attn.head_dim <= 128 and attn.head_dim > 128:
+        if attn.head_dim > 128:
             reasons.append(f"its heads are {attn.head_dim} wide; the kernels go to 128")
     return reasons + _mlp(mlp)
 

@@ -369,6 +369,7 @@ def test_more_iterations_than_the_table_has_are_refused() -> None:
         ({"targets": torch.tensor([0, 5])}, "targets are 0 to 5; expected 0 to 4"),
         ({"targets": torch.tensor([-1, 0])}, "targets are -1 to 0; expected 0 to 4"),
         ({"targets": torch.tensor([0])}, r"targets have shape \(1,\) and dtype torch.int64; expected \(2,\) int64"),
+        ({"targets": torch.tensor([0, 1]).int()}, r"shape \(2,\) and dtype torch.int32; expected \(2,\) int64 classes"),
         ({"targets": torch.zeros(2, 4)}, r"targets have shape \(2, 4\).* or \(2, 5\) probabilities"),
         ({"table": torch.zeros(3, 3, 3, dtype=torch.int64)}, r"table has shape \(3, 3, 3\).*expected \(T, 2, 3\) or"),
         ({"table": torch.zeros(3, 2, 3)}, "table has shape .* and dtype torch.float32; expected .* int64"),

@@ -458,6 +458,13 @@ def test_first_adam_step_by_hand() -> None:
     torch.testing.assert_close(exp_avg_sq.flatten(), grad**2 / 100)
 
 
+@pytest.mark.parametrize("step", [0, -1])
+def test_there_is_no_adam_step_before_the_first(step: int) -> None:
+    images, bound = torch.ones(1, 1, 2, 2), torch.ones(1)
+    with pytest.raises(ValueError, match=f"step is {step}; expected at least 1"):
+        adam_clamp_(images, images, images, images, step=step, **ADAM, low=bound, high=bound)
+
+
 def test_a_pixel_that_is_not_live_keeps_every_bit() -> None:
     generator = torch.Generator().manual_seed(1)
     live = patch_mask(torch.rand(2, 6, generator=generator) < 0.5, (2, 3), (2, 2))
