@@ -553,6 +553,10 @@ def test_weights_are_folded_once_and_the_model_is_left_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vit = SparseViT.from_timm(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    headless = build("no head, no qkv bias")
+    drawn = torch.get_rng_state()
+    SparseViT.from_timm(headless)
+    assert torch.equal(torch.get_rng_state(), drawn)
     logits = vit(pixels(model))
     with torch.no_grad():
         model.head.weight.zero_()
