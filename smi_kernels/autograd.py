@@ -58,7 +58,7 @@ class _Network(torch.autograd.Function):
     def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         vit: SparseViT = ctx.vit
         keep, offsets, *tensors = ctx.saved_tensors
-        trace = Trace.of(tensors, vit.weights, ctx.tokens)
+        trace = Trace.of(tensors, vit.memory, ctx.tokens)
         d_patches = vit.backward_of(trace, d_logits)
         _, _, height, width = ctx.shape
         d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, height, width, *vit.weights.patch_size)
