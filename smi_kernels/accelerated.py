@@ -46,7 +46,6 @@ class Accelerated(nn.Module):
         self.model = model
         self._options: dict[str, Any] = {"memory": memory, "batch_invariant": batch_invariant}
         self._precision = precision
-        self._folded_at: tuple[Any, ...] = ()
         self._fold()
 
     def forward(self, x: Tensor, keep: Tensor | None = None, jitter: Tensor | None = None, **options: Any) -> Any:
@@ -54,7 +53,7 @@ class Accelerated(nn.Module):
 
         With ``class_attention=True`` also the attention that ranks patches.
         """
-        if not torch.compiler.is_compiling() and self._folded_at != self._state():
+        if not torch.compiler.is_compiling() and (self.model.training or self._changed()):
             self._fold()
         return self.vit(x, keep, jitter, **options)
 
@@ -68,17 +67,33 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
+    def _apply(self, function: Any, recurse: bool = True) -> Accelerated:
+        self.vit._apply(function)  # which may refuse, and then the caller's model stays what it is
+        super()._apply(function, recurse)
+        return self
+
     def _fold(self) -> None:
         if self.model.training:
             raise ValueError("the model is in training mode, where dropout may act; call .eval() on it first.")
         self.vit = SparseViT.from_timm(self.model, self._precision, **self._options)
+        # Another walk through the modules would cost more than all checks of a call.
+        self._members = [
+            members
+            for module in self.model.modules()
+            for members in (module._parameters, module._buffers, module._modules)
+        ]
+        self._places = [(members, name, value) for members in self._members for name, value in members.items()]
+        self._tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
         self._folded_at = self._state()
 
-    def _state(self) -> tuple[Any, ...]:
-        """Changes whenever a weight or buffer is written to, replaced or moved, or the mode changes."""
-        return (self.model.training, *map(_state_of, (*self.model.parameters(), *self.model.buffers())))
+    def _changed(self) -> bool:
+        """Whether a weight, buffer or module was written to, replaced or moved since the fold."""
+        replaced = any(members.get(name) is not value for members, name, value in self._places)
+        return replaced or self._state() != self._folded_at
 
-
-def _state_of(weight: Tensor) -> tuple[Any, ...]:
-    version = None if weight.is_inference() else weight._version  # of inference mode, which counts none
-    return id(weight), weight.data_ptr(), version, weight.device, weight.dtype
+    def _state(self) -> list[Any]:
+        # Tensors of inference mode count no versions.
+        return [
+            *map(len, self._members),
+            *((t.data_ptr(), None if t.is_inference() else t._version, t.device, t.dtype) for t in self._tensors),
+        ]

@@ -48,12 +48,12 @@ def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
     With the class token's query of the last block this is the ranking signal of Hu et al., ICML 2024, equation 4.
 
     Args:
-        query: (B, H, d).
-        key: (B, H, N, d).
+        query: (B, H, d) floating.
+        key: (B, H, N, d) floating; meets the query in float32 (float64 for float64 queries).
         scale: factor of the scores, usually d ** -0.5.
 
     Returns:
-        (B, N) float32 (float64 for float64 input); each row sums to 1. Not differentiable on kernels.
+        (B, N) float32 (float64 for float64 queries); each row sums to 1. Not differentiable on kernels.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -83,8 +83,12 @@ def match_tokens(key: Tensor, prefix: int, fewer: int) -> Tensor:
         (B, N) int64, for each token its place among the N - fewer that are left. Not differentiable.
 
     Raises:
-        ValueError: `fewer` out of range.
+        ValueError: a key of another shape, `prefix` or `fewer` out of range.
     """
+    if key.ndim != 4:
+        raise ValueError(f"key has shape {tuple(key.shape)}; expected (B, N, H, d).")
+    if not 0 <= prefix <= key.shape[1]:
+        raise ValueError(f"prefix is {prefix}; expected 0 to {key.shape[1]}, the number of tokens.")
     patches = key.shape[1] - prefix
     if not 0 <= fewer <= patches // 2:
         raise ValueError(f"fewer is {fewer}; expected 0 to {patches // 2}, half of {patches} patch tokens.")
@@ -157,8 +161,10 @@ def adam_clamp_(
         live: (B, 1, H, W) bool; where False, image and moments stay bit for bit what they were. None: all live.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or a `step` below 1.
     """
+    if step < 1:
+        raise ValueError(f"step is {step}; expected at least 1, for the bias correction counts the first step as 1.")
     shapes = {tuple(t.shape) for t in (images, grad, exp_avg, exp_avg_sq)}
     if len(shapes) > 1:
         raise ValueError(f"images, grad and moments have shapes {sorted(shapes)}; expected one.")

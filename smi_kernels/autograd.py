@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smi_kernels import backends
-from smi_kernels.derivatives import check_first_derivative
+from smi_kernels.derivatives import check_first_derivative, like_forward
 from smi_kernels.vit import SparseViT, Trace
 
 
@@ -44,24 +44,21 @@ class _Network(torch.autograd.Function):
         if differentiable:
             ctx.vit, ctx.shape = vit, images.shape
             ctx.tokens = trace.tokens
-            # The backward may run in another thread, or when the context is left.
-            ctx.backend = "auto" if torch.compiler.is_compiling() else backends.wanted()
+            ctx.context = None if torch.compiler.is_compiling() else copy_context()
             ctx.save_for_backward(keep, offsets, *trace.tensors())
         return trace.parts.sum(0), scores
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative("a SparseViT")
-        if ctx.backend != "auto":
-            with backends.use_backend(ctx.backend):
-                return _Network._backward(ctx, d_logits)
-        return _Network._backward(ctx, d_logits)
+        gradients: tuple[Tensor | None, ...] = like_forward(ctx.context, _Network._backward, ctx, d_logits)
+        return gradients
 
     @staticmethod
     def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         vit: SparseViT = ctx.vit
         keep, offsets, *tensors = ctx.saved_tensors
-        trace = Trace.of(tensors, vit.weights, ctx.tokens)
+        trace = Trace.of(tensors, vit.memory, ctx.tokens)
         d_patches = vit.backward_of(trace, d_logits)
         _, _, height, width = ctx.shape
         d_images = torch.ops.smi.patches_to_pixels(d_patches, keep, offsets, height, width, *vit.weights.patch_size)

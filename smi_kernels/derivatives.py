@@ -7,11 +7,13 @@ function of the rows it belongs to, whose gradient includes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smi_kernels import launch
 from smi_kernels.linear.reference import gelu_slope, gradient_sums
 
 
@@ -25,6 +27,19 @@ def check_first_derivative(name: str) -> None:
             f"{name} has no second derivative, so its gradient cannot be taken with create_graph=True; what needs one "
             f"must run on PyTorch's own operations, such as the model itself, or backend 'reference' for priors."
         )
+
+
+def like_forward(context: Context | None, backward: Callable[..., Any], *args: Any) -> Any:
+    """`backward` under a copy of the forward's `context`, if there is one: on its backend, with its tiles.
+
+    On a GPU autograd runs it in another thread, and anywhere it may run when the context is left. Launches are listed
+    for whoever does so at the backward.
+    """
+    if context is None:
+        return backward(*args)
+    context = context.copy()  # which can be entered although others are in it
+    launch.show_in(context)
+    return context.run(backward, *args)
 
 
 def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

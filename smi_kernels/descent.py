@@ -74,7 +74,7 @@ class PixelDescent:
         iteration: iterations done.
         between: whether no iteration is half done, as it may be where an exception came in the middle of one.
         in_graphs: whether iterations are captured in CUDA graphs, so that the host only starts several at once.
-        images: as they are now.
+        images: as they are now; may be written to in place between calls.
         exp_avg, exp_avg_sq: Adam's moments, like `images`.
         keep: (B, K) int64, or None while no patch was pruned.
         cross_entropies: (T, B), of every iteration done.
@@ -156,6 +156,7 @@ class PixelDescent:
         self._halves: _Halves | None = None
         self._given = (True, True)  # whether the loss gave gradients of logits and of images, when last launched
         self._captured = vit.weights, vit.merge_to
+        self._version = _version(self.images)  # that `_sums` are of
 
     @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
@@ -171,6 +172,8 @@ class PixelDescent:
         if weights is not self.vit.weights or merge_to != self.vit.merge_to:  # a graph knows addresses and shapes
             self._forget()
             self._captured = self.vit.weights, self.vit.merge_to
+        if iterations and _version(self.images) != self._version:  # somebody else wrote to them
+            self._store(self.images, torch.ops.smi.prior_sums(self.images))
         while iterations:
             done = 1
             if self.in_graphs and self._ran:
@@ -190,7 +193,11 @@ class PixelDescent:
 
     @torch.no_grad()
     def rank(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` patches with most class attention, un-augmented: (B, count) int64, and (B, K) the attention."""
+        """The `count` patches with most class attention, un-augmented: (B, count) int64, and (B, K) the attention.
+
+        Raises:
+            ValueError: `count` is outside 1..K.
+        """
         trace = self.vit.run(self.images, self.keep, None, trace=False)
         keep = self.keep
         if keep is None:
@@ -240,6 +247,7 @@ class PixelDescent:
             place.copy_(state[name])
         self._step.fill_(t)
         self.iteration = t
+        self._version = _version(self.images)
 
     def _forget(self) -> None:
         """Graphs of other shapes or addresses; the first iteration after this compiles what the next ones capture."""
@@ -311,6 +319,7 @@ class PixelDescent:
         else:
             self.images.set_(images)  # type: ignore[call-overload]
             self._sums = sums
+        self._version = _version(self.images)
 
     def _once(self, images: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         if self._loss is None:
@@ -395,6 +404,10 @@ class PixelDescent:
         return made[0] if len(made) == 1 else torch.cat(made)
 
 
+def _version(images: Tensor) -> int | None:
+    return None if images.is_inference() else images._version  # of inference mode, which counts none
+
+
 def _check(
     vit: SparseViT,
     images: Tensor,
@@ -407,12 +420,15 @@ def _check(
     """Raises ValueError for what kernels on a GPU would read beyond the end of, or not find."""
     vit.check(images, None, None)
     (B, C), classes = images.shape[:2], vit.weights.num_classes
-    if targets.shape != ((B, classes) if targets.is_floating_point() else (B,)):
+    probabilities = targets.is_floating_point()
+    if targets.shape != ((B, classes) if probabilities else (B,)) or not (
+        probabilities or targets.dtype == torch.int64
+    ):
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({B},) int64 classes or "
             f"({B}, {classes}) probabilities."
         )
-    if not targets.is_floating_point() and B and not targets.is_meta:
+    if not probabilities and B and not targets.is_meta:
         least, most = int(targets.min()), int(targets.max())
         if not 0 <= least <= most < classes:
             raise ValueError(f"targets are {least} to {most}; expected 0 to {classes - 1}.")

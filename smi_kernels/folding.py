@@ -7,7 +7,6 @@ tokens into the position embedding, the mean of distilled heads into the heads.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,152 +162,176 @@ def fold(model: Any, low: torch.dtype, device: torch.device, tf32: bool = False)
 
     With `tf32` they are rounded to that format's 10 bits of mantissa, because matrix units would cut the rest off.
     """
-    wide = torch.promote_types(low, torch.float32)
+    folder = _Folder(low, device, tf32)
+    patch_weight, position, prefix = _embedding_weights(folder, model)
+    rotary = _rotary(model, len(prefix))
+    return VitWeights(
+        patch_weight=patch_weight,
+        position=position,
+        prefix=prefix,
+        blocks=tuple(folder.block(block) for block in model.blocks),
+        norm_pre=folder.norm(model.norm_pre),
+        **_head_weights(folder, model, len(prefix)),
+        rotary=None if rotary is None else rotary.to(device, folder.wide).contiguous(),
+        patch_size=tuple(model.patch_embed.patch_size),
+        grid=tuple(model.patch_embed.grid_size),
+        channels=model.patch_embed.proj.in_channels,
+        heads=model.blocks[0].attn.num_heads,
+        width=len(patch_weight),
+        has_class_token=model.cls_token is not None,
+        low=low,
+        wide=folder.wide,
+    )
 
-    def exact(value: Tensor) -> Tensor:
-        return value.detach().to(device, torch.float64)
 
-    def to_low(weight: Tensor) -> Tensor:
-        rounded = weight.to(low)
-        if tf32:
+class _Folder:
+    """Layers of timm's as those of `VitWeights`: merged in float64, rounded once."""
+
+    def __init__(self, low: torch.dtype, device: torch.device, tf32: bool) -> None:
+        self.low, self.wide = low, torch.promote_types(low, torch.float32)
+        self.device, self.tf32 = device, tf32
+
+    def exact(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, torch.float64)
+
+    def to_low(self, weight: Tensor) -> Tensor:
+        rounded = weight.to(self.low)
+        if self.tf32:
             rounded = ((rounded.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         return rounded.contiguous()
 
-    def linear(layer: nn.Linear, before: nn.Module | None = None, after: Tensor | None = None) -> Linear:
+    def linear(self, layer: nn.Linear, before: nn.Module | None = None, after: Tensor | None = None) -> Linear:
+        return self.merged(layer.weight, layer.bias, before, after)
+
+    def merged(self, weight: Tensor, bias: Tensor | None, before: nn.Module | None, after: Tensor | None) -> Linear:
         """`before` is the norm in front of the layer, `after` a factor for each of its outputs."""
-        weight = exact(layer.weight)
-        bias = exact(layer.bias) if layer.bias is not None else weight.new_zeros(weight.shape[0])
+        weight = self.exact(weight)
+        bias = self.exact(bias) if bias is not None else weight.new_zeros(len(weight))
         if isinstance(before, nn.LayerNorm):
             if before.bias is not None:
-                bias = bias + weight @ exact(before.bias)
+                bias = bias + weight @ self.exact(before.bias)
             if before.weight is not None:
-                weight = weight * exact(before.weight)
+                weight = weight * self.exact(before.weight)
         if after is not None:
             weight, bias = weight * after[:, None], bias * after
-        rounded = to_low(weight)
+        rounded = self.to_low(weight)
         # Of the rounded weights: the kernels subtract mean times colsum from a product with those.
-        return Linear(rounded, rounded.double().sum(1).to(wide), bias.to(wide))
+        return Linear(rounded, rounded.double().sum(1).to(self.wide), bias.to(self.wide))
 
-    def block(timm: Any) -> Folded:
-        attn, qkv = timm.attn, _qkv(timm.attn)
-        d, D = attn.head_dim, qkv.in_features
-        scale = torch.ones(3 * D, dtype=torch.float64, device=device)
-        qk_norm = None
-        if isinstance(attn.q_norm, nn.LayerNorm):
-            rows = []
-            for norm, factor in ((attn.q_norm, attn.scale), (attn.k_norm, 1.0)):
-                ones = torch.ones(d, dtype=torch.float64, device=device)
-                rows.append((exact(norm.weight) if norm.weight is not None else ones) * factor)
-                rows.append((exact(norm.bias) if norm.bias is not None else 0 * ones) * factor)
-            qk_norm = torch.stack(rows).to(wide)
-        else:
-            scale[:D] = attn.scale
-        gammas = [None if gamma is None else exact(gamma) for gamma in _layer_scales(timm)]
+    def norm(self, layer: nn.Module) -> Norm | None:
+        if not isinstance(layer, nn.LayerNorm):
+            return None
+        weight, bias = (None if t is None else self.exact(t).to(self.wide) for t in (layer.weight, layer.bias))
+        return Norm(weight, bias, layer.eps)
+
+    def block(self, timm: Any) -> Folded:
+        attn, (weight, bias) = timm.attn, _qkv(timm.attn)
+        scale = torch.ones(len(weight), dtype=torch.float64, device=self.device)
+        qk_norm = self.qk_norm(attn)
+        if qk_norm is None:
+            scale[: len(weight) // 3] = attn.scale
+        gammas = [None if gamma is None else self.exact(gamma) for gamma in _layer_scales(timm)]
         return Folded(
-            qkv=linear(qkv, timm.norm1, scale),
-            proj=linear(attn.proj, after=gammas[0]),
-            fc1=linear(timm.mlp.fc1, timm.norm2),
-            fc2=linear(timm.mlp.fc2, after=gammas[1]),
+            qkv=self.merged(weight, bias, timm.norm1, scale),
+            proj=self.linear(attn.proj, after=gammas[0]),
+            fc1=self.linear(timm.mlp.fc1, timm.norm2),
+            fc2=self.linear(timm.mlp.fc2, after=gammas[1]),
             activation=str(_activation(timm.mlp)),
             qk_norm=qk_norm,
             eps=(timm.norm1.eps, timm.norm2.eps),
             qk_eps=getattr(attn.q_norm, "eps", 0.0),
         )
 
-    def norm_of_all(layer: nn.Module) -> Norm | None:
-        if not isinstance(layer, nn.LayerNorm):
+    def qk_norm(self, attn: Any) -> Tensor | None:
+        if not isinstance(attn.q_norm, nn.LayerNorm):
             return None
-        weight, bias = (None if t is None else exact(t).to(wide) for t in (layer.weight, layer.bias))
-        return Norm(weight, bias, layer.eps)
+        rows = []
+        for norm, factor in ((attn.q_norm, attn.scale), (attn.k_norm, 1.0)):
+            ones = torch.ones(attn.head_dim, dtype=torch.float64, device=self.device)
+            rows.append((self.exact(norm.weight) if norm.weight is not None else ones) * factor)
+            rows.append((self.exact(norm.bias) if norm.bias is not None else 0 * ones) * factor)
+        return torch.stack(rows).to(self.wide)
 
-    def pool(timm: Any) -> Pool:
-        query = exact(timm.latent)[0, 0]
+    def pool(self, timm: Any, norm: Any) -> Pool:
+        """`norm` is that of the tokens which are pooled."""
+        query = self.exact(timm.latent)[0, 0]
         if isinstance(timm.q, nn.Linear):
-            query = exact(timm.q.weight) @ query + (exact(timm.q.bias) if timm.q.bias is not None else 0)
+            query = self.exact(timm.q.weight) @ query + (self.exact(timm.q.bias) if timm.q.bias is not None else 0)
         layers = Folded(
-            qkv=linear(timm.kv, model.norm),
-            proj=linear(timm.proj),
-            fc1=linear(timm.mlp.fc1, timm.norm),
-            fc2=linear(timm.mlp.fc2),
+            qkv=self.linear(timm.kv, norm),
+            proj=self.linear(timm.proj),
+            fc1=self.linear(timm.mlp.fc1, timm.norm),
+            fc2=self.linear(timm.mlp.fc2),
             activation=str(_activation(timm.mlp)),
             qk_norm=None,
-            eps=(model.norm.eps, timm.norm.eps),
+            eps=(norm.eps, timm.norm.eps),
             qk_eps=0.0,
         )
-        return Pool(layers, (query * timm.head_dim**-0.5).to(low), timm.num_heads)
+        return Pool(layers, (query * timm.head_dim**-0.5).to(self.low), timm.num_heads)
 
+
+def _embedding_weights(folder: _Folder, model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`patch_weight`, `position` and `prefix` of `VitWeights`."""
     embed = model.patch_embed
     tokens = [t for name in ("cls_token", "dist_token", "reg_token") if (t := getattr(model, name, None)) is not None]
-    prefix = exact(torch.cat([t.detach()[0] for t in tokens])) if tokens else None
-    patch_weight = exact(embed.proj.weight).flatten(1)
-    position = patch_weight.new_zeros(embed.num_patches, patch_weight.shape[0])
+    patch_weight = folder.exact(embed.proj.weight).flatten(1)
+    prefix = patch_weight.new_empty(0, len(patch_weight))
+    if tokens:
+        prefix = folder.exact(torch.cat([t.detach()[0] for t in tokens]))
+    position = patch_weight.new_zeros(embed.num_patches, len(patch_weight))
     if model.pos_embed is not None:
-        embedded = exact(model.pos_embed)[0]
-        if prefix is not None and not model.no_embed_class:
+        embedded = folder.exact(model.pos_embed)[0]
+        if tokens and not model.no_embed_class:
             prefix = prefix + embedded[: len(prefix)]
         position = embedded[-embed.num_patches :]
     if embed.proj.bias is not None:
-        position = position + exact(embed.proj.bias)
-    if prefix is None:
-        prefix = patch_weight.new_empty(0, patch_weight.shape[0])
+        position = position + folder.exact(embed.proj.bias)
+    return folder.to_low(patch_weight), position.to(folder.wide).contiguous(), prefix.to(folder.wide).contiguous()
 
-    rope, half = getattr(model, "rope", None), getattr(model.blocks[0].attn, "rotate_half", False)
+
+def _head_weights(folder: _Folder, model: Any, prefix: int) -> dict[str, Any]:
+    """What `VitWeights` says of the head, and of what it reads, behind so many prefix tokens."""
     means, attends = model.global_pool == "avg", getattr(model, "attn_pool", None) is not None
     norm = model.fc_norm if isinstance(model.fc_norm, nn.LayerNorm) else model.norm
     apart = attends or (means and norm is model.norm)  # the norm is of the tokens, before they are pooled
     main, texts = model.head, None
     if isinstance(main, nn.Sequential):
         main, cosine = cast(Any, main)
-        weight = exact(cosine.weight) / cosine.weight.shape[1] ** 0.5
-        texts = Linear(to_low(weight), torch.zeros(len(weight), dtype=wide, device=device), exact(cosine.bias).to(wide))
+        weight, bias = folder.exact(cosine.weight) / cosine.weight.shape[1] ** 0.5, folder.exact(cosine.bias)
+        bias = bias.to(folder.wide)
+        texts = Linear(folder.to_low(weight), torch.zeros_like(bias), bias)
     layers = [main] + ([model.head_dist] if getattr(model, "head_dist", None) is not None else [])
-    share = 1 / len(layers)
     heads = []
     for layer in layers:
-        if isinstance(layer, nn.Identity):  # the features themselves
-            layer = nn.Linear(patch_weight.shape[0], patch_weight.shape[0], bias=False, dtype=torch.float64)
-            layer.weight.data.copy_(torch.eye(patch_weight.shape[0]))
-        after = torch.full((layer.weight.shape[0],), share, dtype=torch.float64, device=device)
-        heads.append(linear(layer, None if apart else norm, after))
-    first = model.blocks[0].attn
-    return VitWeights(
-        patch_weight=to_low(patch_weight),
-        position=position.to(wide).contiguous(),
-        prefix=prefix.to(wide).contiguous(),
-        blocks=tuple(block(b) for b in model.blocks),
-        heads_of_tokens=tuple(heads),
-        head_tokens=0 if means or attends else len(layers),
-        head_eps=None if apart else norm.eps,
-        norm_pre=norm_of_all(model.norm_pre),
-        norm_last=norm_of_all(model.norm) if apart and means else None,
-        pool=pool(model.attn_pool) if attends else None,
-        pool_skips=0 if getattr(model, "pool_include_prefix", attends) else len(prefix),
-        texts=texts,
-        rotary=None if rope is None else _rotary(model, half, len(prefix)).to(device, wide).contiguous(),
-        patch_size=tuple(embed.patch_size),
-        grid=tuple(embed.grid_size),
-        channels=embed.proj.in_channels,
-        heads=first.num_heads,
-        width=patch_weight.shape[0],
-        has_class_token=model.cls_token is not None,
-        low=low,
-        wide=wide,
-    )
+        same = isinstance(layer, nn.Identity)  # what it reads is what it gives
+        rows = torch.eye(norm.normalized_shape[0]) if same else layer.weight
+        share = torch.full((len(rows),), 1 / len(layers), dtype=torch.float64, device=folder.device)
+        heads.append(folder.merged(rows, None if same else layer.bias, None if apart else norm, share))
+    return {
+        "heads_of_tokens": tuple(heads),
+        "head_tokens": 0 if means or attends else len(layers),
+        "head_eps": None if apart else norm.eps,
+        "norm_last": folder.norm(model.norm) if apart and means else None,
+        "pool": folder.pool(model.attn_pool, model.norm) if attends else None,
+        "pool_skips": 0 if getattr(model, "pool_include_prefix", attends) else prefix,
+        "texts": texts,
+    }
 
 
-def _qkv(attn: Any) -> nn.Linear:
-    """Query, key and value as one layer whose heads, where they are turned, have the pairs (j, j + d / 2)."""
-    made: nn.Linear = copy.deepcopy(attn.qkv).double()
+def _qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of query, key and value as one layer whose heads, if turned, have the pairs (j, j + d / 2)."""
+    weight, bias = attn.qkv.weight.detach(), attn.qkv.bias
     if getattr(attn, "q_bias", None) is not None:
         bias = torch.cat([t.detach().double() for t in (attn.q_bias, attn.k_bias, attn.v_bias)])
-        made.bias = nn.Parameter(bias, requires_grad=False)
     if hasattr(attn, "rotate_half") and not attn.rotate_half:
-        order = _halves(attn.head_dim).to(made.weight.device)
-        for parameter in (made.weight, made.bias):
-            if parameter is not None:
-                heads = parameter.data.view(3, attn.num_heads, attn.head_dim, -1)
-                heads[:2] = heads[:2, :, order]
-    return made
+        return _reordered(weight, attn), None if bias is None else _reordered(bias.detach(), attn)
+    return weight, bias
+
+
+def _reordered(rows: Tensor, attn: Any) -> Tensor:
+    heads = rows.view(3, attn.num_heads, attn.head_dim, -1).clone()
+    heads[:2] = heads[:2, :, _halves(attn.head_dim).to(rows.device)]
+    return heads.view(rows.shape)
 
 
 def _halves(d: int) -> Tensor:
@@ -316,15 +339,17 @@ def _halves(d: int) -> Tensor:
     return torch.cat((torch.arange(0, d, 2), torch.arange(1, d, 2)))
 
 
-def _rotary(model: Any, half: bool, prefix: int) -> Tensor:
+def _rotary(model: Any, prefix: int) -> Tensor | None:
     """`VitWeights.rotary` in float64, out of timm's (cells, 2 d) or, if blocks and heads differ, (L, H, cells, 2 d)."""
-    rope, grid = model.rope, model.patch_embed.grid_size
+    rope, grid = getattr(model, "rope", None), model.patch_embed.grid_size
+    if rope is None:
+        return None
     fixed = not model.dynamic_img_size and hasattr(rope, "feat_shape")
     timms = (rope.get_embed() if fixed else rope.get_embed(shape=grid)).detach().double()
     if timms.ndim == 2:
         timms = timms[None, None]
     table = torch.stack(timms.chunk(2, dim=-1), dim=3).transpose(1, 2)
-    if not half:
+    if not getattr(model.blocks[0].attn, "rotate_half", False):
         table = table[..., _halves(table.shape[-1]).to(table.device)]
     still = torch.zeros_like(table[:, :1]).expand(-1, prefix, -1, -1, -1).clone()
     still[..., 1, :] = 1
@@ -350,9 +375,8 @@ def unsupported_reasons(model: object) -> list[str]:
     reasons = [*_embedding(vit), *_head(vit)]
     for number, block in enumerate(vit.blocks):
         for reason in _block(block):
-            entry = f"{reason} (block {number})"
             if not any(known.startswith(reason) for known in reasons):
-                reasons.append(entry)
+                reasons.append(f"{reason} (block {number})")
     if not len(vit.blocks):
         reasons.append("it has no blocks")
     return reasons
@@ -376,8 +400,7 @@ def _embedding(vit: Any) -> list[str]:
 
 
 def _head(vit: Any) -> list[str]:
-    reasons = []
-    pool = getattr(vit, "attn_pool", None)
+    reasons, pool = [], getattr(vit, "attn_pool", None)
     if pool is None and vit.global_pool not in ("token", "avg"):
         reasons.append(f"its head pools by {vit.global_pool!r}, expected 'token', 'avg' or 'map'")
     norms = [n for n in (vit.norm, vit.fc_norm) if not isinstance(n, nn.Identity)]
@@ -418,12 +441,10 @@ def _pool(pool: Any, norm_first: bool) -> list[str]:
 def _block(block: Any) -> list[str]:
     if type(block).__name__ not in ("Block", "EvaBlock"):
         return [f"its blocks are {type(block).__name__}, not timm's Block or EvaBlock"]
-    reasons = []
-    attn, mlp = block.attn, block.mlp
+    reasons, attn = [], block.attn
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, nn.LayerNorm):
             reasons.append(f"it normalises by {type(norm).__name__}, not LayerNorm")
-    turned = hasattr(attn, "rotate_half")
     if type(attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
         reasons.append(f"its attention is {type(attn).__name__}, not timm's Attention")
     else:
@@ -437,13 +458,13 @@ def _block(block: Any) -> list[str]:
         if getattr(attn, "gate", None) is not None:
             reasons.append("its attention is gated")
         for norm in (attn.q_norm, attn.k_norm):
-            if turned and not isinstance(norm, nn.Identity):
+            if hasattr(attn, "rotate_half") and not isinstance(norm, nn.Identity):
                 reasons.append("it normalises queries and keys before it turns them")
             elif not isinstance(norm, (nn.Identity, nn.LayerNorm)):
                 reasons.append(f"query and key are normalised by {type(norm).__name__}, not LayerNorm")
-        if not 16 <= attn.head_dim <= 128 and attn.head_dim > 128:
+        if attn.head_dim > 128:
             reasons.append(f"its heads are {attn.head_dim} wide; the kernels go to 128")
-    return reasons + _mlp(mlp)
+    return reasons + _mlp(block.mlp)
 
 
 def _mlp(mlp: Any) -> list[str]:

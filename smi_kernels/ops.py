@@ -12,13 +12,14 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smi_kernels import backends
-from smi_kernels.derivatives import DERIVATIVES, check_first_derivative
+from smi_kernels.derivatives import DERIVATIVES, check_first_derivative, like_forward
 from smi_kernels.launch import recording
 from smi_kernels.linear.reference import STAT_CHUNK
 
@@ -332,28 +333,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _on_its_backend(
+def _like_its_forward(
     name: str, backward: Callable[..., Any], setup: Callable[..., None]
 ) -> tuple[Callable[..., Any], ...]:
-    """The two, with the backward on what `use_backend` asked for at the forward.
-
-    On a GPU autograd runs it in another thread, and anywhere it may run when the context is left.
-    """
+    """The two, with the backward under the context of the forward."""
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = backends.wanted()
+        ctx.context = copy_context()
         setup(ctx, inputs, output)
 
     def run(ctx: Any, *gradients: Tensor) -> Any:
         check_first_derivative(f"smi::{name}")
-        if ctx.backend == "auto":
-            return backward(ctx, *gradients)
-        with backends.use_backend(ctx.backend):
-            return backward(ctx, *gradients)
+        return like_forward(ctx.context, backward, ctx, *gradients)
 
     return run, remember
 
 
 for _name, _pair in DERIVATIVES.items():
-    _backward, _setup = _on_its_backend(_name, *_pair)
+    _backward, _setup = _like_its_forward(_name, *_pair)
     torch.library.register_autograd(f"smi::{_name}", _backward, setup_context=_setup, lib=_library)

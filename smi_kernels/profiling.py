@@ -24,7 +24,7 @@ from smi_kernels.launch import count_launches
 
 @dataclass
 class Operation:
-    """All calls of one operator with operands of the same shapes.
+    """All calls of one operator with operands of the same shapes and dtypes, and the same options.
 
     Attributes:
         name: of the operator.
@@ -151,17 +151,17 @@ class _Recorder(TorchDispatchMode):
         made = func(*args, **kwargs)
         if func.namespace != "smi":
             return made
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        key = (func, *((tuple(t.shape), t.dtype) for t in tensors))
+        given = _by_name(func, args, kwargs)
+        key = (func, *((argument, _kind(argument, value)) for argument, value in sorted(given.items())))
         if key not in self._known:
             name = func._schema.name.removeprefix("smi::")
             self._known[key] = Operation(
                 name,
-                max((tuple(t.shape) for t in tensors), key=prod),
+                max((tuple(value.shape) for value in given.values() if isinstance(value, Tensor)), key=prod),
                 0,
                 FLOPS.get(name, lambda *_: 0)(*args),
-                _bytes(func, _by_name(func, args, kwargs), made),
-                arguments=_own(func, _by_name(func, args, kwargs)),
+                _bytes(func, given, made),
+                arguments=_own(func, given),
                 function=func,
             )
             self.operations.append(self._known[key])
@@ -171,6 +171,13 @@ class _Recorder(TorchDispatchMode):
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+
+
+def _kind(argument: str, value: Any) -> Any:
+    """What the work of a call depends on: not on entries of tensors, nor on numbers that go into the arithmetic."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    return None if isinstance(value, float) or argument == "step" else value
 
 
 def _written(func: Any) -> list[str]:

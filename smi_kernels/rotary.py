@@ -6,6 +6,8 @@ dtype. Turning back is turning by the negative angle, and leaves products with o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,15 +36,19 @@ def tokens(
     return torch.cat((torch.arange(prefix, device=device).expand(batch, -1), prefix + fed), dim=1)
 
 
-def angles(table: Tensor, number: int, places: Tensor) -> Tensor:
-    """(B, N, H or 1, 2, d) sines and cosines of a block's tokens.
+def angles(table: Tensor | None, places: Tensor | None) -> Callable[[int], Tensor | None]:
+    """By a block's number (B, N, H or 1, 2, d) sines and cosines of its tokens, gathered once if all blocks share them.
 
     Args:
-        table: `VitWeights.rotary`, (blocks or 1, prefix + cells, H or 1, 2, d).
-        number: of the block.
+        table: `VitWeights.rotary`, (blocks or 1, prefix + cells, H or 1, 2, d); None turns nothing.
         places: (B, N) of `tokens`.
     """
-    return table[number % table.shape[0]][places]
+    if table is None or places is None:
+        return lambda number: None
+    if len(table) > 1:
+        return lambda number: table[number][places]
+    shared = table[0][places]
+    return lambda number: shared
 
 
 def turn_(x: Tensor, by: Tensor) -> None:

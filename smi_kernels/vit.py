@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smi_kernels import blocks, heads, rotary, tuning
 from smi_kernels.attention.reference import received
-from smi_kernels.folding import VitWeights, fold, unsupported_reasons
+from smi_kernels.folding import Pool, VitWeights, fold, unsupported_reasons
 from smi_kernels.linear.reference import row_statistics
 from smi_kernels.marks import span
 from smi_kernels.ops import outside_autocast
@@ -37,8 +37,7 @@ class Trace:
 
     Attributes:
         parts: (R, B, classes), what each of the R classifiers adds to the logits.
-        saved: of each block, and of an attention pooling, its `blocks.Saved`, or under the small memory plan its input
-            and statistics.
+        saved: of each block, and of an attention pooling; under the small memory plan its `blocks.Input`.
         normed: input, mean and 1 / standard deviation of the norms before the blocks and before the mean; or None.
         read: of the head.
         places: (B, N) int64 of `rotary.tokens`; None without rotary embeddings.
@@ -49,7 +48,7 @@ class Trace:
     """
 
     parts: Tensor
-    saved: list[tuple[Any, ...]]
+    saved: list[blocks.Saved | blocks.Input]
     normed: list[Tensor | None]
     read: heads.Read
     places: Tensor | None
@@ -70,11 +69,12 @@ class Trace:
         ]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], weights: VitWeights, tokens: int) -> Trace:
-        """The trace of a network with `weights` whose `tensors` these are, but for what only `rank` reads."""
+    def of(cls, tensors: Sequence[Tensor | None], memory: Memory, tokens: int) -> Trace:
+        """The trace of a network with this memory plan whose `tensors` these are, but for what only `rank` reads."""
         parts, places, size, *around = tensors[:_FIRST]
-        each = (len(tensors) - _FIRST) // (len(weights.blocks) + (weights.pool is not None))
-        saved = [tuple(tensors[i : i + each]) for i in range(_FIRST, len(tensors), each)]
+        kind: Any = blocks.Saved if memory == "fast" else blocks.Input
+        each = len(kind._fields)
+        saved = [kind(*tensors[i : i + each]) for i in range(_FIRST, len(tensors), each)]
         assert parts is not None
         read = heads.Read(*around[2 * _NORMED :])  # type: ignore[arg-type]
         return cls(parts, saved, around[: 2 * _NORMED], read, places, None, None, tokens, size)
@@ -193,7 +193,7 @@ class SparseViT(nn.Module):
             trace: whether `backward` will follow; if not, nothing is kept for it.
         """
         w, R = self.weights, self.weights.head_tokens
-        saved: list[tuple[Any, ...]] = []
+        saved: list[blocks.Saved | blocks.Input] = []
         normed: list[Tensor | None] = [None] * (2 * _NORMED)
         x, x_low, stats = torch.ops.smi.embed_tokens(
             images, keep, offsets, w.patch_weight, w.position, w.prefix, *w.patch_size, self._dot
@@ -204,26 +204,21 @@ class SparseViT(nn.Module):
         if w.norm_pre is not None:
             x, normed[:_NORMED] = heads.normalise(w.norm_pre, x)
             x_low, stats = x.to(w.low), row_statistics(x)
-        places, fed, prefix, size = self._places(images, keep, offsets), N, w.prefix.shape[0], None
-        for number, (block, left) in enumerate(zip(w.blocks, self._left(N), strict=True)):
-            before, by = (x, stats, size), self._turns(number, places)
+        places, fed, size = self._places(images, keep, offsets), N, None
+        how, N = self._ways(fed, places), self._left(fed)[-1]
+        for number, block in enumerate(w.blocks):
+            before = blocks.Input(x, stats, size)
             with span(f"block {number} forward"):
-                if R and number == len(w.blocks) - 1:
-                    x, x_low, stats, kept = blocks.last_forward(
-                        block, x, x_low, stats, N, w.heads, R, self._dot, by, size
-                    )
-                else:
-                    x, x_low, stats, kept = blocks.forward(
-                        block, x, x_low, stats, N, w.heads, self._dot, by, size, prefix, N - left
-                    )
-                    N, size = left, size if kept.merged_size is None else kept.merged_size
+                x, x_low, stats, kept = blocks.forward(block, x, x_low, stats, size, how(number))
+            size = size if kept.merged_size is None else kept.merged_size
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
         query, key = self._ranked_by(kept, w.heads, N)
         if w.pool is not None:
-            x, stats = self._pooled(x, N), self._pooled(stats, N)
-            x_low, before = x.to(w.low), (x, stats, None)
-            x, x_low, stats, kept = blocks.pool_forward(w.pool, x, x_low, stats, N - w.pool_skips, self._dot)
+            before = blocks.Input(self._pooled(x, N), self._pooled(stats, N), None)
+            x, x_low, stats, kept = blocks.forward(
+                w.pool, before.x, before.x.to(w.low), before.stats, None, self._way_of_pool(w.pool, N)
+            )
             if trace:
                 saved.append(kept if self.memory == "fast" else before)
             query, key = self._ranked_by(kept, w.pool.heads, N - w.pool_skips)
@@ -257,20 +252,20 @@ class SparseViT(nn.Module):
         prefix, cells = w.prefix.shape[0], w.position.shape[0]
         return rotary.tokens(keep, offsets, images.shape[0], prefix, cells, w.grid, w.patch_size, images.device)
 
-    def _turns(self, number: int, places: Tensor | None) -> Tensor | None:
-        """The angles of a block's tokens."""
-        table = self.weights.rotary
-        return None if table is None or places is None else rotary.angles(table, number, places)
+    def _ways(self, tokens: int, places: Tensor | None) -> Callable[[int], blocks.How]:
+        """How each block runs, by its number, of so many tokens in front of the first."""
+        w, left = self.weights, [tokens, *self._left(tokens)]
+        turns = rotary.angles(w.rotary, places)
 
-    def _kept(
-        self, kept: tuple[Any, ...], again: Callable[..., tuple[Any, ...]], part: Any, *rest: Any
-    ) -> blocks.Saved:
-        """What a part's backward needs; under the small memory plan `again` computes it from input and statistics."""
-        if self.memory == "fast":
-            return blocks.Saved(*kept)
-        x, stats, _ = kept
-        made: blocks.Saved = again(part, x, x.to(self.weights.low), stats, *rest)[-1]
-        return made
+        def how(number: int) -> blocks.How:
+            first = w.head_tokens if number == len(w.blocks) - 1 else 0
+            fewer = left[number] - left[number + 1]
+            return blocks.How(left[number], w.heads, self._dot, turns(number), first, w.prefix.shape[0], fewer)
+
+        return how
+
+    def _way_of_pool(self, pool: Pool, tokens: int) -> blocks.How:
+        return blocks.How(tokens - self.weights.pool_skips, pool.heads, self._dot)
 
     @property
     def ranking(self) -> str:
@@ -302,8 +297,7 @@ class SparseViT(nn.Module):
         Returns:
             (B, K, C * height * width) in the wide dtype, patches in the order of `keep`.
         """
-        w, saved, left = self.weights, list(trace.saved), [trace.tokens, *self._left(trace.tokens)]
-        N = left[-1]
+        w, how, N = self.weights, self._ways(trace.tokens, trace.places), self._left(trace.tokens)[-1]
         B, D, R = d_logits.shape[0], w.width, w.head_tokens
         dx, dx_low = heads.backward(w, trace.read, d_logits, dstats, self._dot)
         dx, dx_low = dx.view(-1, D), dx_low.view(-1, D)
@@ -311,8 +305,7 @@ class SparseViT(nn.Module):
             n = N - w.pool_skips
             if w.pool is not None:
                 with span("pooling backward"):
-                    kept = self._kept(saved.pop(), blocks.pool_forward, w.pool, n, self._dot)
-                    dx, _ = blocks.pool_backward(w.pool, kept, dx, dx_low, n, self._dot)
+                    dx, _ = blocks.backward(w.pool, trace.saved[-1], dx, dx_low, self._way_of_pool(w.pool, N))
                 dx = dx.view(B, n, D)
             else:
                 dx = (dx / (trace.tokens - w.pool_skips)).view(B, 1, D)
@@ -322,19 +315,12 @@ class SparseViT(nn.Module):
                 dx = heads.normalise_dx(w.norm_last, trace.normed[_NORMED:], dx)
             dx_low = dx.to(w.low)
         for number in reversed(range(len(w.blocks))):
-            block, last = w.blocks[number], bool(R) and number == len(w.blocks) - 1
-            run: Callable[..., tuple[Any, ...]] = blocks.last_forward if last else blocks.forward
-            back: Callable[..., tuple[Tensor, Tensor]] = blocks.last_backward if last else blocks.backward
-            N, by = left[number], self._turns(number, trace.places)
-            sizes = (N, w.heads, *((R,) if last else ()), self._dot, by)
-            merging = (saved[number][-1], *(() if last else (w.prefix.shape[0], N - left[number + 1])))
-            kept = self._kept(saved[number], run, block, *sizes, *merging)
             with span(f"block {number} backward"):
-                dx, dx_low = back(block, kept, dx, dx_low.view(-1, D), *sizes)
+                dx, dx_low = blocks.backward(w.blocks[number], trace.saved[number], dx, dx_low, how(number))
         if w.norm_pre is not None:
             dx_low = heads.normalise_dx(w.norm_pre, trace.normed[:_NORMED], dx).to(w.low)
         patches: Tensor = torch.ops.smi.embed_tokens_dx(
-            dx_low.view(B, N, D), w.patch_weight, w.prefix.shape[0], scale, self._dot
+            dx_low.view(B, trace.tokens, D), w.patch_weight, w.prefix.shape[0], scale, self._dot
         )
         return patches
 
@@ -364,14 +350,17 @@ class SparseViT(nn.Module):
 
         Args:
             keep: (B, K) int64, increasing along each row: the patches that were fed.
+            count: 1 <= count <= K.
 
         Returns:
             (B, count) int64, increasing; (B, K) float32.
 
         Raises:
-            ValueError: tokens are merged.
+            ValueError: `count` is outside 1..K, or tokens are merged.
         """
         w, last = self.weights, self.weights.blocks[-1]
+        if not 1 <= count <= keep.shape[1]:
+            raise ValueError(f"count is {count}; expected 1 to {keep.shape[1]}, the number of patches that were fed.")
         if trace.size is not None:
             raise ValueError("tokens are merged, so patches have no attention of their own to be ranked by.")
         assert trace.query is not None and trace.key is not None

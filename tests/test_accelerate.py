@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -85,6 +86,49 @@ def test_changed_weights_are_folded_again() -> None:
         fast(images)
 
 
+def other_head(model: Any) -> None:
+    model.head = torch.nn.Linear(16, CLASSES).to(DEVICE)
+
+
+def other_bias(model: Any) -> None:
+    model.blocks[1].mlp.fc1.bias = None
+
+
+def one_step(model: Any) -> None:
+    model.norm.weight.grad = torch.ones_like(model.norm.weight)
+    torch.optim.SGD([model.norm.weight], lr=0.5).step()
+
+
+def loaded(model: Any) -> None:
+    model.load_state_dict(tiny(seed=8).state_dict())
+
+
+def assigned(model: Any) -> None:
+    model.load_state_dict(tiny(seed=8).to(DEVICE).state_dict(), assign=True)
+
+
+def one_block_more(model: Any) -> None:
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+
+
+@pytest.mark.parametrize("change", [other_head, other_bias, one_step, loaded, assigned, one_block_more])
+def test_whatever_changes_is_noticed_and_no_module_is_visited_otherwise(
+    change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = tiny().to(DEVICE), torch.randn(1, 3, 16, 16, device=DEVICE)
+    fast = accelerate(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "named_modules", lambda *_, **__: pytest.fail("walks through the modules"))
+        before = fast(images)
+    change(model)
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fast(images), before, rtol=1e-3, atol=1e-4)
+    folded, twin = fast.vit, copy.deepcopy(fast)
+    assert torch.equal(fast(images), twin(images)) and fast.vit is folded
+    change(twin.model)
+    torch.testing.assert_close(twin(images), twin.model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_are_folded_again_wherever_they_lie() -> None:
     model = tiny().to(DEVICE)
     fast, images = accelerate(model), torch.randn(1, 3, 16, 16, device=DEVICE)
@@ -130,3 +174,19 @@ def test_networks_move_but_do_not_change_precision() -> None:
     with pytest.raises(ValueError, match=r"folded for fp32; fold the model again"):
         vit.half()
     assert vit.to("meta").weights.patch_weight.is_meta
+
+
+def test_a_precision_that_is_refused_leaves_the_model_alone() -> None:
+    model = tiny().to(DEVICE)
+    fast, images, before = (
+        accelerate(model),
+        torch.randn(1, 3, 16, 16, device=DEVICE),
+        copy.deepcopy(model.state_dict()),
+    )
+    for change in (fast.half, fast.double, lambda: fast.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"folded for fp32; fold the model again"):
+            change()
+        now = model.state_dict()
+        assert all(now[name].dtype == old.dtype and torch.equal(now[name], old) for name, old in before.items())
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    assert fast.to("meta").patch_embed.proj.weight.is_meta and fast.vit.weights.patch_weight.is_meta

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import smi_kernels
 from smi_kernels import PixelDescent, SparseViT, use_backend
 from smi_kernels.graphs import NoWaiting
+from smi_kernels.profiling import record_operations
 
 T, UNROLL = 11, 3
 WEIGHTS = {"cross_entropy": 0.5, "tv1": 0.1, "tv2": 0.2, "l2": 0.05}
@@ -188,6 +189,24 @@ def test_no_images_are_iterated_too() -> None:
 def test_sizes_below_one_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} is 0; expected at least 1"):
         descent(None, **{option: 0})
+
+
+@pytest.mark.parametrize("in_graphs", [False, True])
+def test_images_that_somebody_wrote_to_are_measured_anew(in_graphs: bool, with_graphs: Callable[..., Any]) -> None:
+    one = descent(None, group=1)
+    if in_graphs:
+        with_graphs(one)
+    with use_backend("reference"), record_operations() as operations:
+        one.advance(UNROLL + 1)
+        one.advance(1)
+        assert "prior_sums" not in {operation.name for operation in operations}  # as long as nobody does
+        for written in (lambda: one.images.mul_(0.5), lambda: one.images[0].zero_(), lambda: one.images.fill_(0.7)):
+            written()
+            now, t = one.images.clone(), one.iteration
+            one.advance(1)
+            norms = (smi_kernels.tv_l1, smi_kernels.tv_l2, smi_kernels.l2_norm)
+            expected = torch.stack([norm(now, per_image=True) for norm in norms], dim=1)
+            torch.testing.assert_close(one.priors[t], expected, rtol=0, atol=1e-9)
 
 
 # --- graphs ---

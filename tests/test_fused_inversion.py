@@ -390,6 +390,7 @@ def test_more_iterations_than_the_table_has_are_refused() -> None:
         ({"targets": torch.tensor([0, 5])}, "targets are 0 to 5; expected 0 to 4"),
         ({"targets": torch.tensor([-1, 0])}, "targets are -1 to 0; expected 0 to 4"),
         ({"targets": torch.tensor([0])}, r"targets have shape \(1,\) and dtype torch.int64; expected \(2,\) int64"),
+        ({"targets": torch.tensor([0, 1]).int()}, r"shape \(2,\) and dtype torch.int32; expected \(2,\) int64 classes"),
         ({"targets": torch.zeros(2, 4)}, r"targets have shape \(2, 4\).* or \(2, 5\) probabilities"),
         ({"table": torch.zeros(3, 3, 3, dtype=torch.int64)}, r"table has shape \(3, 3, 3\).*expected \(T, 2, 3\) or"),
         ({"table": torch.zeros(3, 2, 3)}, "table has shape .* and dtype torch.float32; expected .* int64"),
@@ -406,6 +407,20 @@ def test_what_a_descent_would_read_beyond_the_end_of_is_refused(wrong: dict[str,
             descent.prune(keep)
     with pytest.raises(ValueError, match=message):
         PixelDescent(descent.vit, **{**right, **wrong})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_more_patches_are_chosen_than_were_fed(backend: str) -> None:
+    for model in (tiny(depth=1), tiny(depth=1, class_token=False, global_pool="avg")):
+        images, table = torch.zeros(2, 3, 16, 16, device=DEVICE), torch.zeros(1, 1, 3, dtype=torch.int64, device=DEVICE)
+        targets, low = torch.tensor([0, 1], device=DEVICE), torch.zeros(3, device=DEVICE)
+        descent = PixelDescent(SparseViT.from_timm(model.to(DEVICE)), images, targets, table, low=low, high=low + 1)
+        descent.prune(torch.arange(15, device=DEVICE).repeat(2, 1))
+        with use_backend(backend):
+            for count in (16, 0, -1):
+                with pytest.raises(ValueError, match=f"count is {count}; expected 1 to 15, the number of patches"):
+                    descent.rank(count)
+            assert descent.rank(15)[0].tolist() == [list(range(15))] * 2
 
 
 # --- precisions of the kernels alone ---

@@ -314,3 +314,8 @@ def test_what_fusion_cannot_do_is_said() -> None:
         SparseModel(deep(), merge_to=0.5).attention_maps(images())
     with pytest.raises(ValueError, match="fewer is 4; expected 0 to 3, half of 7 patch tokens"):
         match_tokens(torch.ones(1, 8, 2, 3), 1, 4)
+    with pytest.raises(ValueError, match=r"key has shape \(1, 8, 6\); expected \(B, N, H, d\)"):
+        match_tokens(torch.ones(1, 8, 6), 1, 2)
+    for prefix in (-1, 9):
+        with pytest.raises(ValueError, match=f"prefix is {prefix}; expected 0 to 8"):
+            match_tokens(torch.ones(1, 8, 2, 3), prefix, 0)

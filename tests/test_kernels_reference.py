@@ -29,6 +29,7 @@ from smi_kernels import (
     tv_l2,
     use_backend,
 )
+from smi_kernels.linear.reference import gradient_sums
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -458,6 +459,13 @@ def test_first_adam_step_by_hand() -> None:
     torch.testing.assert_close(exp_avg_sq.flatten(), grad**2 / 100)
 
 
+@pytest.mark.parametrize("step", [0, -1])
+def test_there_is_no_adam_step_before_the_first(step: int) -> None:
+    images, bound = torch.ones(1, 1, 2, 2), torch.ones(1)
+    with pytest.raises(ValueError, match=f"step is {step}; expected at least 1"):
+        adam_clamp_(images, images, images, images, step=step, **ADAM, low=bound, high=bound)
+
+
 def test_a_pixel_that_is_not_live_keeps_every_bit() -> None:
     generator = torch.Generator().manual_seed(1)
     live = patch_mask(torch.rand(2, 6, generator=generator) < 0.5, (2, 3), (2, 2))
@@ -477,3 +485,20 @@ def test_a_pixel_that_is_not_live_keeps_every_bit() -> None:
         assert torch.equal(value[still].view(torch.int32), old[still].view(torch.int32))
         assert torch.equal(value[~still], unmasked[~still])
         assert not torch.equal(value[~still], old[~still])
+
+
+@pytest.mark.parametrize("width", [30, 128, 1000])
+def test_sums_of_gradients_take_few_operations_however_wide(width: int) -> None:
+    du, u = random(3, width, seed=1), random(3, width, seed=2)
+    colsum, bias = random(2, width, seed=3)
+    u[1, 7], du[1, 7] = math.inf, 0  # a class that is switched off
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        found = gradient_sums(du, u, colsum, bias)
+    sums = sum(event.count for event in profiled.key_averages() if event.key == "aten::sum")
+    assert 1 <= sums <= 2
+    expected = torch.zeros(3, -(-width // 64), 2, dtype=torch.float64)
+    for row, column in product(range(3), range(width)):
+        if du[row, column] != 0:
+            expected[row, column // 64, 0] += du[row, column] * colsum[column]
+            expected[row, column // 64, 1] += du[row, column] * (u[row, column] - bias[column])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

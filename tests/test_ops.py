@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import threading
 from collections.abc import Callable
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from kernels import BACKENDS, DEVICE
+from small import tiny
 from torch import Tensor
 from torch.library import opcheck
 
-from smi_kernels import ops, use_backend
+from smi_kernels import SparseViT, ops, tuning, use_backend
 from smi_kernels.derivatives import DERIVATIVES
+from smi_kernels.launch import count_launches
 from smi_kernels.linear.reference import row_statistics
 
 B, N, K, H, D, D_HEAD, OUT, C = 2, 5, 3, 2, 16, 8, 24, 3
@@ -235,3 +238,47 @@ def test_the_backward_runs_on_the_backend_of_the_forward(name: str, monkeypatch:
     thread.start()
     thread.join()
     assert ran and set(ran) == {"reference"} and all(value.grad is not None for value in inputs)
+
+
+def in_a_thread(out: Tensor, caller: contextvars.Context | None = None) -> None:
+    """The backward as autograd runs it on a GPU: in a thread that knows at most from where it was called."""
+
+    def run() -> None:
+        if caller is not None:
+            torch._C._stash_obj_in_tls("context", caller)
+        try:
+            torch.autograd.Variable._execution_engine.run_backward(
+                (out,), (torch.ones_like(out),), True, False, (), allow_unreachable=True, accumulate_grad=True
+            )
+        finally:
+            if caller is not None:
+                torch._C._remove_obj_from_tls("context")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+def test_in_a_thread_of_autograds_tiles_are_those_of_the_forward_and_launches_are_seen() -> None:
+    function, inputs = differentiable("norm_linear", samples(torch.float32)["norm_linear"][0][0])
+    images = torch.zeros(1, 3, 16, 16, device=DEVICE, requires_grad=True)
+    vit = SparseViT.from_timm(tiny(depth=1).to(DEVICE))
+    with use_backend("triton"), count_launches() as around, tuning.forcing(tuning.Tile(16, 64, 16, 4, 1)) as asked:
+        outs = function(*inputs)[0], vit(images)
+        for out, value, kernel in zip(outs, (inputs[0], images), ("norm_linear_dx", "embed_tokens_dx"), strict=True):
+            before = len(around)
+            del asked[:]
+            in_a_thread(out)
+            assert value.grad is not None and value.grad.abs().sum() > 0
+            assert any(kernel in launch.name for launch in around[before:])
+            assert any(shape.startswith(kernel) for shape in asked)
+    if not hasattr(torch._C, "_remove_obj_from_tls"):
+        return  # a PyTorch whose threads cannot tell who called
+    before = len(around)
+    for out in outs:
+        with count_launches() as seen:
+            caller = contextvars.copy_context()
+        in_a_thread(out, caller)
+        assert seen and len(around) == before  # not seen by who saw the forward
+        assert all(launch.args["BLOCK_M"] == 16 for launch in seen if "norm_linear_dx" in launch.name)

@@ -73,6 +73,27 @@ def test_bytes_are_operands_once_and_what_is_changed_twice() -> None:
 
 
 @needs_operators
+def test_calls_with_other_options_are_other_operations() -> None:
+    dy, weight, scores = torch.randn(4, 8), torch.randn(8, 6), torch.randn(2, 5)
+    keep, stats, row = torch.arange(5).repeat(2, 1), torch.zeros(4, 1, 2), torch.zeros(8)
+    images, bounds = torch.randn(2, 1, 4, 4), {"low": torch.zeros(1), "high": torch.ones(1)}
+    with smi_kernels.use_backend("reference"), smi_kernels.record_operations() as operations:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.ops.smi.linear_dx(dy, weight, dtype, "ieee")
+        for count in (2, 3):
+            smi_kernels.select_tokens(scores, keep, count)
+        for kind, eps in (("erf", 0.1), ("tanh", 0.1), ("erf", 0.2)):
+            torch.ops.smi.norm_linear_gelu(dy[:, :6], stats, weight, row, row, eps, "ieee", kind)
+        for step in (1, 2):
+            rates = {"lr": 0.1 / step, "beta1": 0.5, "beta2": 0.9, "eps": 0.0}
+            smi_kernels.adam_clamp_(images, images, images.clone(), images.clone(), step=step, **rates, **bounds)
+    assert [(operation.name, operation.calls) for operation in operations] == [
+        ("linear_dx", 2), ("linear_dx", 1), ("select_tokens", 1), ("select_tokens", 1),
+        ("norm_linear_gelu", 2), ("norm_linear_gelu", 1), ("adam_clamp_", 2),
+    ]  # fmt: skip
+    assert operations[0].bytes + 4 * 6 * 4 == operations[1].bytes  # whose result is twice as wide
+
+
 def test_the_command_prints_a_table_or_json_and_writes_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "traces" / "one.json"
     args = ["profile", "--batch-size", "2", "--kept", "16", "--trace", str(path), "--device", DEVICE]

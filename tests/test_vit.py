@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from smi import SparseModel, with_text_head
 from smi_kernels import SparseViT, use_backend
 from smi_kernels.folding import unsupported_reasons
 from smi_kernels.launch import count_launches, record_launches
+from smi_kernels.profiling import record_operations
 from smi_kernels.vit import Trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -257,6 +259,18 @@ def test_rotary_embeddings_in_16_bits_and_computed_again(backend: str) -> None:
         assert torch.equal(plans[0][1], plans[1][1])
 
 
+def test_angles_that_all_blocks_share_are_gathered_once_on_either_way() -> None:
+    for depth in (2, 4):
+        model = randomise(Eva(**{**EVA, "depth": depth}, use_rot_pos_emb=True, rope_type="cat")).to(DEVICE)
+        vit, images = SparseViT.from_timm(model), pixels(model, dtype=torch.float32)
+        keep = some_patches(2, 7, N)
+        with use_backend("reference"), torch.profiler.profile() as profiled:
+            trace = vit.run(images, keep, None)
+            vit.backward_of(trace, torch.ones_like(trace.parts[0]))
+        gathered = [event for event in profiled.events() if event.name == "aten::index"]
+        assert len(gathered) == 2 + 1  # and the reference's kept patches
+
+
 @pytest.mark.parametrize(
     "options",
     [{"embed_dim": 64, "depth": 3}, {"pre_norm": True, "global_pool": "map", "reg_tokens": 1}],
@@ -267,6 +281,28 @@ def test_small_memory_plan_computes_again_and_gets_the_same_bits(options: dict[s
     images, keep = pixels(model, dtype=torch.float32), some_patches(2, 7, N)
     fast, small = (gradient(SparseViT.from_timm(model, memory=memory), images, keep) for memory in ("fast", "small"))
     assert torch.equal(fast[1], small[1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "again"),
+    [
+        ("plain", {"norm_linear": 2 + 3, "attention": 1, "class_attention": 1, "linear_residual": 2}),
+        ("SwiGLU", {"norm_linear": 2 + 3, "attention": 1, "class_attention": 1, "linear_residual": 2}),
+        ("turned neighbours", {"norm_linear": 2 + 2, "attention": 2, "linear_residual": 2}),
+        ("attention pooling", {"norm_linear": 2 + 2 + 2, "attention": 2, "class_attention": 1, "linear_residual": 3}),
+    ],
+)
+def test_small_memory_plan_computes_no_more_again_than_the_backward_needs(variant: str, again: dict[str, int]) -> None:
+    """Of a block: projections in front of attention and MLP, attention, and its output's projection."""
+    model = build(variant)
+    calls = []
+    for memory in ("fast", "small"):
+        vit = SparseViT.from_timm(model, memory=memory)
+        trace = vit.run(pixels(model), None, None)
+        with use_backend("reference"), record_operations() as operations:
+            vit.backward_of(trace, torch.ones_like(trace.parts[0]))
+        calls.append(Counter(name for operation in operations for name in [operation.name] * operation.calls))
+    assert dict(calls[1] - calls[0]) == again and not calls[0] - calls[1]
 
 
 @pytest.mark.parametrize(("memory", "of_width", "of_row"), [("fast", 18, 16), ("small", 4, 8)], ids=["fast", "small"])
@@ -553,6 +589,10 @@ def test_weights_are_folded_once_and_the_model_is_left_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vit = SparseViT.from_timm(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    headless = build("no head, no qkv bias")
+    drawn = torch.get_rng_state()
+    SparseViT.from_timm(headless)
+    assert torch.equal(torch.get_rng_state(), drawn)
     logits = vit(pixels(model))
     with torch.no_grad():
         model.head.weight.zero_()

@@ -186,7 +186,11 @@ def gradient_sums(du: Tensor, u: Tensor, colsum: Tensor, bias: Tensor) -> Tensor
     du, u = du.to(colsum.dtype), u.to(colsum.dtype)
     # Where no gradient is, u may be infinite: a bias of minus infinity switches a class off.
     parts = torch.stack((du * colsum, torch.where(du == 0, 0, du * (u - bias))), dim=2)
-    return torch.stack([part.sum(1) for part in parts.split(STAT_CHUNK, dim=1)], dim=1)
+    whole = du.shape[1] // STAT_CHUNK
+    sums = [parts[:, : whole * STAT_CHUNK].unflatten(1, (whole, STAT_CHUNK)).sum(2)]
+    if du.shape[1] % STAT_CHUNK:
+        sums.append(parts[:, whole * STAT_CHUNK :].sum(1, keepdim=True))
+    return torch.cat(sums, dim=1)
 
 
 def norm_linear_dx(
