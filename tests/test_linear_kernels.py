@@ -150,6 +150,20 @@ def test_statistics_merge_without_a_loss(size: tuple[int, int, int], D: int) -> 
 
 
 @pytest.mark.triton
+def test_statistics_may_lie_any_number_of_entries_apart() -> None:
+    t = draw(5, 80, 40, torch.float32)
+    stats = reference.row_statistics(t["x"])
+    apart = stats.new_full((5, 7), float("nan"))
+    apart[:, :4] = stats.flatten(1)
+    apart = apart.as_strided((5, 2, 2), (7, 2, 1))
+    found, expected = (
+        kernels.norm_linear(t["x"], of, t["weight"], t["colsum"], t["bias"], 1e-6, torch.float32)
+        for of in (apart, stats)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
 def test_the_vendor_sums_in_float32_and_the_callers_settings_come_back(precision: str) -> None:
     matmul = torch.backends.cuda.matmul

@@ -12,7 +12,7 @@ from smi_kernels.launch import launch
 from smi_kernels.tiles import wait_for_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def attention_row_kernel(
     query_ptr,  # (B, H, D)
     key_ptr,  # (B, N, H, D)

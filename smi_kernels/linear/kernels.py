@@ -33,7 +33,7 @@ _NARROW = tl.constexpr(32)
 _NARROWER = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "stats_stride_m"])
 def norm_linear_kernel(
     x_ptr,  # (M, D)
     stats_ptr,  # (M, chunks, 2)
@@ -230,7 +230,8 @@ def linear_gelu_dx_kernel(
             with_u = tl.zeros((BLOCK_M,), COMPUTE)
 
 
-@triton.jit(do_not_specialize=["M"])
+# Where each row has its own residual there is one token an image, and no division.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["tokens", "first"])
 def norm_linear_dx_kernel(
     du_ptr,  # (M, OUT)
     weight_ptr,  # (OUT, D)
@@ -343,7 +344,7 @@ def _launch_norm_linear(
     kind: str = "erf",
 ) -> Tensor:
     """Fills `u` and `activation`; returns the moments."""
-    x, stats = _rows(x), stats if stats[0:1].is_contiguous() else stats.contiguous()
+    x, stats = _rows(x), stats if stats[0:1].is_contiguous() and stats.stride(0) % 2 == 0 else stats.contiguous()
     M, D = x.shape
     OUT = weight.shape[0]
     moments = torch.empty(M, 2, dtype=stats.dtype, device=x.device)

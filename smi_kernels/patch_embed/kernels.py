@@ -19,7 +19,7 @@ from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics, wait_for_previous
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "N", "P"])
 def embed_tokens_kernel(
     images_ptr,  # (B, C, H, W)
     keep_ptr,  # (B, K) or unused
@@ -106,7 +106,7 @@ def embed_tokens_kernel(
     store_row_statistics(stats_ptr, x, rows, first, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "K", "P"])
 def embed_tokens_dx_kernel(
     dx_ptr,  # (B, P + K, D)
     weight_ptr,  # (D, PIXELS)
@@ -141,7 +141,7 @@ def embed_tokens_dx_kernel(
     tl.store(d_patches_ptr + at, d_patches, mask=(rows < M)[:, None] & (columns < PIXELS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def patches_to_pixels_kernel(
     d_patches_ptr,  # (B, K, C * PATCH_H * PATCH_W)
     slots_ptr,  # (B, cells) or unused

@@ -55,7 +55,7 @@ def _store_chosen(keep_ptr, chosen, index, out_ptr):
     tl.store(out_ptr + rank, tl.load(keep_ptr + index, mask=chosen, other=0), mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "K", "scores_stride_b", "keep_stride_b"])
 def select_tokens_kernel(
     scores_ptr,  # (B, K)
     keep_ptr,  # (B, K)
@@ -77,7 +77,7 @@ def select_tokens_kernel(
     _store_chosen(keep_ptr + image * keep_stride_b, chosen, k * keep_stride_k, out_ptr + image * count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "prefix", "N", "keep_stride_b"])
 def rank_tokens_kernel(
     query_ptr,  # (B, H, D)
     key_ptr,  # (B, N, H, D)
