@@ -282,6 +282,25 @@ def test_kernels_say_which_gpus_they_are_not_for(
     assert len(found) == (reason is not None) and (reason is None or reason in found[0])
 
 
+@pytest.mark.parametrize("dependent", [False, True])
+def test_on_amd_kernels_run_without_what_is_nvidias(dependent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from smi_kernels import launch, tuning
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("SMI_PDL", str(int(dependent)))
+    monkeypatch.setattr(torch.version, "hip", "7.2.0")
+    found = backends.reasons_against("triton", torch.device("cuda"))
+    assert len(found) == dependent and all("AMD" in reason for reason in found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # of an MI250
+    assert tuning.capability(torch.device("cuda")) is None
+    with launch.record_launches() as launches:
+        launch.launch(None, (1,), {}, max_registers=128)
+        monkeypatch.setattr(torch.version, "hip", None)
+        launch.launch(None, (1,), {}, max_registers=128)
+    assert ["maxnreg" in seen.options for seen in launches] == [False, True]
+
+
 def test_backends_command_prints_a_row_each() -> None:
     command = [sys.executable, "-m", "smi_kernels.backends"]
     plain = {**os.environ, "TRITON_INTERPRET": "0"}

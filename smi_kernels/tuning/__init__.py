@@ -189,8 +189,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def capability(device: torch.device) -> int | None:
-    """Compute capability of a GPU, times 10; of any other device what is assumed, if anything is."""
-    if device.type != "cuda":
+    """Compute capability of a GPU of NVIDIA's, times 10; of any other device what is assumed, if anything is."""
+    if device.type != "cuda" or torch.version.hip is not None:  # whose numbers are of other GPUs, and overlap
         return _assumed.get()
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * int(major) + int(minor)
