@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ def _sums_in_float32(dtype: torch.dtype, precision: str) -> Iterator[None]:
     """
     matmul, name = torch.backends.cuda.matmul, _SETTINGS[dtype]
     with _lock:  # or of two threads one would take for the caller's what the other has set
-        before = getattr(matmul, name)
+        before: Any = getattr(matmul, name)
+        wanted: Any = dot_precision(precision)
         if dtype == torch.float32:
-            wanted = dot_precision(precision)
             right = (before == "tf32") == (wanted == "tf32")
         else:
-            right, split = not before, getattr(matmul, f"{name}_split_k", None)
-            wanted, before = (False, before) if split is None else ((False, split), (before, split))
+            split = getattr(matmul, f"{name}_split_k", True)
+            right, wanted, before = not before, (False, split), (before, split)
         if right:
             yield
             return
