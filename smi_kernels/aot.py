@@ -135,7 +135,7 @@ def specialize(launch: Launch) -> Specialization:
             constants.append((parameter.name, value))
             continue
         types.append((parameter.name, parameter.annotation_type or kind))
-        if multiple and not general:
+        if multiple and not general and not parameter.do_not_specialize_on_alignment:
             aligned.append(index)
     options = tuple(sorted(launch.options.items()))
     return Specialization(launch.kernel, tuple(types), tuple(constants), tuple(aligned), options)

@@ -152,12 +152,14 @@ def _not_for(device: torch.device) -> list[str]:
     if device.type != "cuda":
         here = f"tensors on {device.type} are not for GPU kernels, unless TRITON_INTERPRET=1 interprets them"
         return [here, *_without_gpu()]
-    major, minor = torch.cuda.get_device_capability(device)
     dependent = os.environ.get("SMI_PDL") == "1"
-    if torch.version.hip is None and (major, minor) < ((9, 0) if dependent else (8, 0)):
+    if torch.version.hip is not None:
+        return ["SMI_PDL=1 is set, and AMD's GPUs know no dependent launch; unset it"] if dependent else []
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < ((9, 0) if dependent else (8, 0)):
         needed = "9.0 with SMI_PDL=1 set" if dependent else "8.0"
         return [f"the GPU has compute capability {major}.{minor}; the kernels need {needed}"]
-    if torch.version.hip is None and major >= 10 and _triton_version().startswith("3.6"):
+    if major >= 10 and _triton_version().startswith("3.6"):
         return [
             f"the GPU has compute capability {major}.{minor}, for which Triton 3.6 fails to compile long attention; "
             f"a newer PyTorch brings a Triton that does"

@@ -59,7 +59,8 @@ def launch(
 ) -> None:
     """Run `kernel` on the device and current stream of its tensors; nothing if the grid is empty.
 
-    `max_registers` of a thread takes the choice from the assembler, which at times spills for the sake of occupancy.
+    `max_registers` of a thread takes the choice from NVIDIA's assembler, which at times spills for the sake of
+    occupancy.
 
     Raises:
         ValueError: a grid larger than CUDA allows (2^31 - 1 along the first axis, 65535 along the others).
@@ -72,7 +73,7 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if DEPENDENT_LAUNCH:
         options["launch_pdl"] = True
-    if max_registers is not None:
+    if max_registers is not None and torch.version.hip is None:  # which has no such option
         options["maxnreg"] = max_registers
     for seen, runs in _observed.get():
         seen.append(Launch(kernel, grid, args, options))

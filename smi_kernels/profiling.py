@@ -95,14 +95,15 @@ def timed(body: Callable[[], object], device: torch.device, repeats: int = 20, r
 
     graph = Graph(several, device)
     seconds = []
-    for _ in range(rounds):
-        graph.replay()  # which keeps the device busy until the host has launched what is timed
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / repeats)
+    with torch.cuda.device(device):  # on whose stream events have to be recorded
+        for _ in range(rounds):
+            graph.replay()  # which keeps the device busy until the host has launched what is timed
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3 / repeats)
     return seconds
 
 

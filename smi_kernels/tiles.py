@@ -1,4 +1,4 @@
-"""What kernels share: matrix products of tiles, activations, and merging of row statistics.
+"""What kernels share: matrix products of tiles, activations, the highest of scores, and merging of row statistics.
 
 Row statistics come in chunks of `STAT_CHUNK` columns, as (mean, sum of squared deviations): whoever writes rows of
 width D leaves ceil(D / STAT_CHUNK) pairs a row, and whoever normalises them merges the pairs (Chan, Golub & LeVeque,
@@ -45,12 +45,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_moments(stats_ptr, rows, stride_m, M, D, EPS, COMPUTE: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and 1 / standard deviation of each row of `rows`, out of its ceil(D / STAT_CHUNK) <= CHUNKS pairs."""
+    """Mean and 1 / standard deviation of each row of `rows`, out of its ceil(D / STAT_CHUNK) <= CHUNKS pairs.
+
+    `stride_m` from one row's pairs to the next's is even.
+    """
     chunk = tl.arange(0, CHUNKS)
     count = tl.minimum(tl.maximum(D - chunk * STAT_CHUNK, 0), STAT_CHUNK).to(COMPUTE)
     number = tl.arange(0, 2 * CHUNKS)
     inside = (rows < M)[:, None] & (number // 2 * STAT_CHUNK < D)[None, :]
-    pairs = tl.load(stats_ptr + rows.to(tl.int64)[:, None] * stride_m + number[None, :], mask=inside, other=0.0)
+    # An even stride that the compiler can see is one, so that both numbers of a pair come with one instruction.
+    first = rows.to(tl.int64)[:, None] * (stride_m // 2 * 2)
+    pairs = tl.load(stats_ptr + first + number[None, :], mask=inside, other=0.0)
     means, squares = tl.split(tl.reshape(pairs, (rows.shape[0], CHUNKS, 2)))
     mean = tl.sum(means * count[None, :], axis=1) / D
     apart = means - mean[:, None]
@@ -90,6 +95,37 @@ def merge_moments(mean, squares, x, first, D, COUNT: tl.constexpr, WIDTH: tl.con
     # In this order, so that a mean whose square would overflow does not make NaN of nothing to merge with.
     squares += tl.sum(apart * apart, axis=1) + between * (between * (share * COUNT))
     return mean + between * share, squares
+
+
+@triton.jit
+def among_highest(scores, candidates, count):
+    """Whether each of `scores`, float32 or float64, is among the `count` highest `candidates`; earlier ties first."""
+    if scores.dtype == tl.float64:
+        BITS: tl.constexpr = 64
+        ORDER: tl.constexpr = tl.int64
+    else:
+        BITS: tl.constexpr = 32
+        ORDER: tl.constexpr = tl.int32
+    one = tl.full((), 1, ORDER)
+    lowest = one << (BITS - 1)
+    bits = scores.to(ORDER, bitcast=True)
+    order = tl.where(bits < 0, bits ^ ~lowest, bits)
+    order = tl.where(bits == lowest, 0, order)  # -0 is as high as +0
+    order = tl.where(scores != scores, ~lowest, order)
+
+    enough = tl.sum((candidates & (order >= 0)).to(tl.int32), axis=0) >= count
+    threshold = tl.where(enough, 0, lowest)
+    step = one << (BITS - 2)
+    for _ in range(BITS - 1):
+        higher = threshold | step
+        enough = tl.sum((candidates & (order >= higher)).to(tl.int32), axis=0) >= count
+        threshold = tl.where(enough, higher, threshold)
+        step = step >> 1
+
+    above = candidates & (order > threshold)
+    ties = (candidates & (order == threshold)).to(tl.int32)
+    left = count - tl.sum(above.to(tl.int32), axis=0)
+    return above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
 
 
 @triton.jit

@@ -47,6 +47,8 @@ values += [torch.empty(64)[4:], torch.empty(64)[1:], torch.empty(64, dtype=torch
 for value in values:
     kind, attributes = native_specialize_impl(backend, value, False, True, True)
     assert aot._describe(value) == (kind, "D" in (attributes or "")), value
+for value, expected in ((1, ("constexpr", 1)), (16, ("i32", ""))):  # what do_not_specialize_on_alignment leaves
+    assert native_specialize_impl(backend, value, False, True, False) == expected, value
 """
 
 
@@ -130,6 +132,53 @@ for capability in aot.SHARED_MEMORY:
             if (arithmetic, operation, tile.m, tile.n, tile.k, tile.registers, tile.by) not in met:
                 print(capability, arithmetic, operation, tile)
 """
+
+
+PRUNED = """
+import timm.models.vision_transformer as timm
+import torch
+import smi_kernels
+from smi_kernels import aot, tuning
+from smi_kernels.launch import record_launches
+
+def empty(*shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device="meta")
+
+TILES = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D", "EVEN_K", "WHOLE"}
+B, found = 32, {}
+for merge_to in (None, 0.8):
+    with torch.device("meta"):
+        vit = smi_kernels.SparseViT.from_timm(timm.VisionTransformer(embed_dim=192, depth=3, num_heads=3), "bf16")
+    vit.merge_to = merge_to
+    for K in (*range(46, 69), 80, 96, *((137, 176, 195) if merge_to is None else ())):  # merged from one kernel's reach
+        images, keep = empty(B, 3, 224, 224), empty(B, K, dtype=torch.int64)
+        table, of_class = empty(9, B, 3, dtype=torch.int64), empty(B, dtype=torch.int64)
+        with record_launches() as launches, tuning.assuming(90):
+            descent = smi_kernels.PixelDescent(vit, images, of_class, table, low=empty(3), high=empty(3))
+            descent.prune(keep)
+            descent.advance(1)
+            if merge_to is None:
+                descent.rank(K // 2)
+            torch.ops.smi.select_tokens(empty(B, K), keep, K // 2)
+            key = empty(B, 3, 1 + K, 64, dtype=torch.bfloat16)
+            torch.ops.smi.attention_row(key[:, :, 0], key, 0.125)
+            torch.ops.smi.patches_to_pixels(empty(B, K, 768), keep, None, 224, 224, 16, 16)
+        kinds = {}
+        for launch in launches:
+            made = aot.specialize(launch)
+            constants = tuple((name, value) for name, value in made.constants if name not in TILES)
+            kinds.setdefault(launch.name, set()).add((made.types, constants, made.aligned))
+        for name, kind in kinds.items():
+            if found.setdefault((name, merge_to), kind) != kind:
+                print(name, merge_to, K, kind ^ found[name, merge_to])
+print(*sorted({name for name, _ in found}))
+"""
+
+
+def test_a_pruning_changes_tiles_and_nothing_else_that_is_compiled_for() -> None:
+    kernels = plain(PRUNED).splitlines()
+    assert len(kernels) == 1, "\n".join(kernels[:-1])
+    iteration = {"embed_tokens", "norm_linear", "norm_linear_dx", "embed_tokens_dx", "pixel_step", "rank_tokens"}
+    assert {f"{name}_kernel" for name in iteration | {"merge_tokens", "pair_tokens"}} - set(kernels[0].split()) == set()
 
 
 UNEVEN = """

@@ -124,7 +124,9 @@ def forbidden(module: str, imported: str) -> bool:
     origin, target = module.split("."), imported.split(".")
     if origin[0] == "smi_kernels":
         reference_to_kernels = origin[-1] == "reference" and (target[0] == "triton" or "kernels" in target)
-        return target[0] == "smi" or reference_to_kernels
+        own = origin[1] if len(origin) > 2 else None
+        another_ops = own is not None and len(target) > 2 and target[1] != own and target[2].endswith("kernels")
+        return target[0] == "smi" or reference_to_kernels or (target[0] == "smi_kernels" and another_ops)
     if target[0] == "smi_kernels" and len(target) > 1:
         return len(target) > 2 or target[1] not in (*smi_kernels.__all__, "backends")
     return target[0] == "triton"
@@ -156,6 +158,8 @@ def test_no_forbidden_import(path: Path) -> None:
         ("smi_kernels.a.reference", "import triton.language as tl"),
         ("smi_kernels.a.reference", "from .kernels import launch"),
         ("smi_kernels.a.reference", "from . import kernels"),
+        ("smi_kernels.a.kernels", "from smi_kernels.b.kernels import helper"),
+        ("smi_kernels.a.cpu", "from ..b import class_kernels"),
     ],
 )
 def test_forbidden_imports_are_found(module: str, line: str) -> None:
@@ -171,6 +175,9 @@ def test_forbidden_imports_are_found(module: str, line: str) -> None:
         ("smi.a", "from . import errors"),
         ("smi_kernels.a.kernels", "import triton"),
         ("smi_kernels.a.kernels", "from .reference import select_tokens"),
+        ("smi_kernels.a.kernels", "from smi_kernels.a.class_kernels import class_attention"),
+        ("smi_kernels.a.kernels", "from smi_kernels.b.addressing import wrap"),
+        ("smi_kernels.ops", "from smi_kernels.a.kernels import select_tokens"),
     ],
 )
 def test_allowed_imports_pass(module: str, line: str) -> None:
@@ -288,6 +295,25 @@ def test_kernels_say_which_gpus_they_are_not_for(
     monkeypatch.setattr(importlib.metadata, "version", lambda _: triton)
     found = backends.reasons_against("triton", torch.device("cuda"))
     assert len(found) == (reason is not None) and (reason is None or reason in found[0])
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_on_amd_kernels_run_without_what_is_nvidias(dependent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from smi_kernels import launch, tuning
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("SMI_PDL", str(int(dependent)))
+    monkeypatch.setattr(torch.version, "hip", "7.2.0")
+    found = backends.reasons_against("triton", torch.device("cuda"))
+    assert len(found) == dependent and all("AMD" in reason for reason in found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # of an MI250
+    assert tuning.capability(torch.device("cuda")) is None
+    with launch.record_launches() as launches:
+        launch.launch(None, (1,), {}, max_registers=128)
+        monkeypatch.setattr(torch.version, "hip", None)
+        launch.launch(None, (1,), {}, max_registers=128)
+    assert ["maxnreg" in seen.options for seen in launches] == [False, True]
 
 
 def test_backends_command_prints_a_row_each() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +144,22 @@ class Simulated:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = self.device = self.worked = 0.0
+        self.current: list[torch.device] = []
+        self.recorded_on: list[torch.device] = []
         clocks = self
+
+        @contextlib.contextmanager
+        def current(device: torch.device) -> Iterator[None]:
+            clocks.current.append(device)
+            yield
+            clocks.current.pop()
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
 
             def record(self) -> None:
+                clocks.recorded_on += clocks.current[-1:]
                 clocks.launch(1.0, 0.0)
                 self.at = clocks.device
 
@@ -167,6 +178,7 @@ class Simulated:
             def replay(self) -> None:
                 clocks.launch(12.0, self.takes)
 
+        monkeypatch.setattr(torch.cuda, "device", current)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr("smi_kernels.graphs.Graph", Graph)
 
@@ -177,12 +189,13 @@ class Simulated:
 
 
 def test_on_a_gpu_no_launch_of_the_host_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocks, cuda = Simulated(monkeypatch), torch.device("cuda")
+    clocks, cuda = Simulated(monkeypatch), torch.device("cuda", 1)
 
     def body() -> None:
         clocks.launch(90.0, 3.0)
 
     assert smi_kernels.timed(body, cuda, repeats=10, rounds=3) == pytest.approx([3e-6] * 3)
+    assert clocks.recorded_on == [cuda] * 6  # of whatever other is the current one
 
     class Evicted:
         def add_(self, _: int) -> None:

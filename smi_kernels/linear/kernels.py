@@ -33,7 +33,7 @@ _NARROW = tl.constexpr(32)
 _NARROWER = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "stats_stride_m"])
 def norm_linear_kernel(
     x_ptr,  # (M, D)
     stats_ptr,  # (M, chunks, 2)
@@ -230,7 +230,8 @@ def linear_gelu_dx_kernel(
             with_u = tl.zeros((BLOCK_M,), COMPUTE)
 
 
-@triton.jit(do_not_specialize=["M"])
+# Where each row has its own residual there is one token an image, and no division.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["tokens", "first"])
 def norm_linear_dx_kernel(
     du_ptr,  # (M, OUT)
     weight_ptr,  # (OUT, D)
@@ -311,6 +312,7 @@ def norm_linear(
     out_dtype: torch.dtype,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear`."""
     u = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     return u, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, None, precision)
 
@@ -325,6 +327,7 @@ def norm_linear_gelu(
     precision: str = "ieee",
     kind: str = "erf",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear_gelu`."""
     u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     activation = torch.empty_like(u)
     return u, activation, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, activation, precision, kind)
@@ -343,7 +346,7 @@ def _launch_norm_linear(
     kind: str = "erf",
 ) -> Tensor:
     """Fills `u` and `activation`; returns the moments."""
-    x, stats = _rows(x), stats if stats[0:1].is_contiguous() else stats.contiguous()
+    x, stats = _rows(x), stats if stats[0:1].is_contiguous() and stats.stride(0) % 2 == 0 else stats.contiguous()
     M, D = x.shape
     OUT = weight.shape[0]
     moments = torch.empty(M, 2, dtype=stats.dtype, device=x.device)
@@ -373,6 +376,7 @@ def _launch_norm_linear(
 def linear_residual(
     a: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.linear_residual`."""
     M, K = a.shape
     D = weight.shape[0]
     residual = _rows(residual)
@@ -400,6 +404,7 @@ def linear_residual(
 
 
 def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str = "ieee") -> Tensor:
+    """As `smi_kernels.linear.reference.linear_dx`."""
     M, OUT = dy.shape
     D = weight.shape[1]
     tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
@@ -421,6 +426,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
 def linear_gelu_dx(
     dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee", kind: str = "erf"
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.linear_gelu_dx`."""
     M, D = dy.shape
     OUT = weight.shape[1]
     du = torch.empty(M, OUT, dtype=u.dtype, device=u.device)
@@ -456,6 +462,7 @@ def norm_linear_dx(
     first: int,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear_dx`."""
     M, OUT = du.shape
     D = weight.shape[1]
     x, residual = _rows(x), None if residual is None else _rows(residual)

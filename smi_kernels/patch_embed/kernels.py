@@ -19,7 +19,7 @@ from smi_kernels.patch_embed.reference import slot_table
 from smi_kernels.tiles import chunks, compute_type, dot, store_row_statistics, wait_for_previous
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "N", "P"])
 def embed_tokens_kernel(
     images_ptr,  # (B, C, H, W)
     keep_ptr,  # (B, K) or unused
@@ -106,7 +106,7 @@ def embed_tokens_kernel(
     store_row_statistics(stats_ptr, x, rows, first, stats_stride_m, M, D, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "K", "P"])
 def embed_tokens_dx_kernel(
     dx_ptr,  # (B, P + K, D)
     weight_ptr,  # (D, PIXELS)
@@ -141,7 +141,7 @@ def embed_tokens_dx_kernel(
     tl.store(d_patches_ptr + at, d_patches, mask=(rows < M)[:, None] & (columns < PIXELS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def patches_to_pixels_kernel(
     d_patches_ptr,  # (B, K, C * PATCH_H * PATCH_W)
     slots_ptr,  # (B, cells) or unused
@@ -183,6 +183,7 @@ def embed_tokens(
     patch_width: int,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.patch_embed.reference.embed_tokens`."""
     B, C, H, W = images.shape
     D, P = weight.shape[0], prefix.shape[0]
     N = P + (position.shape[0] if keep is None else keep.shape[1])
@@ -225,7 +226,7 @@ def embed_tokens(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        max_registers=min(255, 2048 // tile.warps),
+        max_registers=tile.registers,
     )
     return x, x_low, stats
 
@@ -233,6 +234,7 @@ def embed_tokens(
 def embed_tokens_dx(
     dx_low: Tensor, weight: Tensor, prefix_tokens: int, scale: Tensor | None, precision: str = "ieee"
 ) -> Tensor:
+    """As `smi_kernels.patch_embed.reference.embed_tokens_dx`."""
     B, N, D = dx_low.shape
     K, pixels = N - prefix_tokens, weight.shape[1]
     wide = torch.promote_types(dx_low.dtype, torch.float32)
@@ -263,6 +265,7 @@ def patches_to_pixels(
     patch_height: int,
     patch_width: int,
 ) -> Tensor:
+    """As `smi_kernels.patch_embed.reference.patches_to_pixels`."""
     B, K, pixels = d_patches.shape
     C = pixels // (patch_height * patch_width)
     d_images = torch.empty(B, C, height, width, dtype=d_patches.dtype, device=d_patches.device)

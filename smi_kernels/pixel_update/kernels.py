@@ -97,7 +97,7 @@ def begin_step_kernel(
         tl.store(bias_correction_ptr + 1, correction2.to(bias_correction_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def pixel_step_kernel(
     images_ptr,  # (B, C, H, W)
     d_patches_ptr,  # (B, K, C * PATCH_H * PATCH_W)

@@ -12,40 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels import tuning
 from smi_kernels.class_row import class_row, class_row_args
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type, wait_for_previous
-
-
-@triton.jit
-def _chosen(scores, candidates, count):
-    """Whether each of `scores`, float32 or float64, is among the `count` highest `candidates`; earlier ties first."""
-    if scores.dtype == tl.float64:
-        BITS: tl.constexpr = 64
-        ORDER: tl.constexpr = tl.int64
-    else:
-        BITS: tl.constexpr = 32
-        ORDER: tl.constexpr = tl.int32
-    one = tl.full((), 1, ORDER)
-    lowest = one << (BITS - 1)
-    bits = scores.to(ORDER, bitcast=True)
-    order = tl.where(bits < 0, bits ^ ~lowest, bits)
-    order = tl.where(bits == lowest, 0, order)  # -0 is as high as +0
-    order = tl.where(scores != scores, ~lowest, order)
-
-    enough = tl.sum((candidates & (order >= 0)).to(tl.int32), axis=0) >= count
-    threshold = tl.where(enough, 0, lowest)
-    step = one << (BITS - 2)
-    for _ in range(BITS - 1):
-        higher = threshold | step
-        enough = tl.sum((candidates & (order >= higher)).to(tl.int32), axis=0) >= count
-        threshold = tl.where(enough, higher, threshold)
-        step = step >> 1
-
-    above = candidates & (order > threshold)
-    ties = (candidates & (order == threshold)).to(tl.int32)
-    left = count - tl.sum(above.to(tl.int32), axis=0)
-    return above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+from smi_kernels.tiles import among_highest, compute_type, wait_for_previous
 
 
 @triton.jit
@@ -55,7 +25,7 @@ def _store_chosen(keep_ptr, chosen, index, out_ptr):
     tl.store(out_ptr + rank, tl.load(keep_ptr + index, mask=chosen, other=0), mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "K", "scores_stride_b", "keep_stride_b"])
 def select_tokens_kernel(
     scores_ptr,  # (B, K)
     keep_ptr,  # (B, K)
@@ -73,11 +43,11 @@ def select_tokens_kernel(
     image = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     scores = tl.load(scores_ptr + image * scores_stride_b + k * scores_stride_k, mask=k < K, other=0.0).to(COMPUTE)
-    chosen = _chosen(scores, k < K, count)
+    chosen = among_highest(scores, k < K, count)
     _store_chosen(keep_ptr + image * keep_stride_b, chosen, k * keep_stride_k, out_ptr + image * count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "prefix", "N", "keep_stride_b"])
 def rank_tokens_kernel(
     query_ptr,  # (B, H, D)
     key_ptr,  # (B, N, H, D)
@@ -116,12 +86,13 @@ def rank_tokens_kernel(
     patch = tl.arange(0, BLOCK_N) - prefix
     candidates = (patch >= 0) & (patch < N - prefix)
     tl.store(scores_ptr + image.to(tl.int64) * (N - prefix) + patch, row, mask=candidates)
-    chosen = _chosen(row, candidates, count)
+    chosen = among_highest(row, candidates, count)
     keep = keep_ptr + image.to(tl.int64) * keep_stride_b
     _store_chosen(keep, chosen, patch * keep_stride_k, out_ptr + image.to(tl.int64) * count)
 
 
 def select_tokens(scores: Tensor, keep: Tensor, count: int) -> Tensor:
+    """As `smi_kernels.select_tokens`."""
     B, K = keep.shape
     out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
     BLOCK_K = max(16, triton.next_power_of_2(K))
@@ -152,12 +123,17 @@ def rank_tokens(
     count: int,
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.token_select.reference.rank_tokens`."""
     B, K = keep.shape
     out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
     scores = torch.empty(B, K, dtype=torch.promote_types(query.dtype, torch.float32), device=keep.device)
-    shared, warps = class_row_args(query, key, scale, qk_norm, eps)
+    shared, warps = class_row_args(query, key, scale)
     args = {
         **shared,
+        "norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
+        "EPS": eps,
+        "HAS_NORM": qk_norm is not None,
+        "WHOLE_D": triton.next_power_of_2(query.shape[2]),
         "keep_ptr": keep,
         "out_ptr": out,
         "scores_ptr": scores,
@@ -166,5 +142,5 @@ def rank_tokens(
         "keep_stride_b": keep.stride(0),
         "keep_stride_k": keep.stride(1),
     }
-    launch(rank_tokens_kernel, (B,), args, num_warps=warps, max_registers=min(255, 2048 // warps))
+    launch(rank_tokens_kernel, (B,), args, num_warps=warps, max_registers=tuning.registers(warps))
     return out, scores

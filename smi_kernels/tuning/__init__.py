@@ -46,8 +46,13 @@ class Tile(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Most of them that a thread can have: of 65,536 of a multiprocessor, in eights."""
-        return min(255, 2048 // (self.warps * self.programs) // 8 * 8)
+        """Most of them that a thread can have."""
+        return registers(self.warps * self.programs)
+
+
+def registers(warps: int) -> int:
+    """Most of them that a thread can have where `warps` share the 65,536 of a multiprocessor, in eights."""
+    return min(255, 2048 // warps // 8 * 8)
 
 
 VENDOR = Tile(64, 64, 64, 4, 1, "vendor")
@@ -189,8 +194,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def capability(device: torch.device) -> int | None:
-    """Compute capability of a GPU, times 10; of any other device what is assumed, if anything is."""
-    if device.type != "cuda":
+    """Compute capability of a GPU of NVIDIA's, times 10; of any other device what is assumed, if anything is."""
+    if device.type != "cuda" or torch.version.hip is not None:  # whose numbers are of other GPUs, and overlap
         return _assumed.get()
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * int(major) + int(minor)
