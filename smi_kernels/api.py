@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import smi_kernels.ops  # noqa: F401  defines torch.ops.smi
-from smi_kernels import backends
+from smi_kernels import backends, dtypes
 from smi_kernels.image_prior import reference as prior
 
 
@@ -117,7 +117,7 @@ def merge_tokens(x: Tensor, size: Tensor | None, target: Tensor, left: int) -> t
             f"x has shape {tuple(x.shape)}, size {sizes} and target {tuple(target.shape)}; expected (B, N, D) and "
             f"(B, N) twice."
         )
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    wide = x.to(dtypes.wide(x.dtype)).flatten(0, 1)
     out, _, _, total = torch.ops.smi.merge_tokens(wide, size, target, left, wide.dtype)
     return out.view(x.shape[0], left, x.shape[2]).to(x.dtype), total
 
@@ -230,7 +230,7 @@ def _plain(images: Tensor) -> bool:
 
 def _sums(images: Tensor, per_image: bool) -> Tensor:
     """(B, 9) or (9,) of ``prior_sums``, of 16 bits in float32: float16 has no room for the sum over a plane."""
-    sums: Tensor = torch.ops.smi.prior_sums(images.to(torch.promote_types(images.dtype, torch.float32)))
+    sums: Tensor = torch.ops.smi.prior_sums(images.to(dtypes.wide(images.dtype)))
     return sums.sum(1) if per_image else sums.sum((0, 1))
 
 

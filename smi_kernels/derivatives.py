@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels import launch
+from smi_kernels.dtypes import wide
 from smi_kernels.linear.reference import gelu_slope, gradient_sums
 
 
@@ -49,7 +50,7 @@ def _attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     qkv, qk_norm, size = ctx.saved_tensors
-    unused = torch.zeros(qkv.shape[2:].numel(), dtype=_wide(qkv.dtype), device=qkv.device)
+    unused = torch.zeros(qkv.shape[2:].numel(), dtype=wide(qkv.dtype), device=qkv.device)
     dqkv, _ = torch.ops.smi.attention_dx(qkv, d_out.contiguous(), qk_norm, ctx.eps, unused, unused, ctx.precision, size)
     return dqkv, None, None, None, None
 
@@ -61,7 +62,7 @@ def _class_attention_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _class_attention(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     query, kv, qk_norm, size = ctx.saved_tensors
-    unused = torch.zeros(kv.shape[2:].numel(), dtype=_wide(kv.dtype), device=kv.device)
+    unused = torch.zeros(kv.shape[2:].numel(), dtype=wide(kv.dtype), device=kv.device)
     half = unused[: unused.numel() // 2]
     d_query, d_kv, _ = torch.ops.smi.class_attention_dx(
         query, kv, d_out.contiguous(), qk_norm, ctx.eps, half, half, unused, unused, size
@@ -103,7 +104,7 @@ def _norm_linear(ctx: Any, du: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 def _norm_linear_gelu(ctx: Any, du: Tensor, d_activation: Tensor, _: Tensor) -> tuple[Any, ...]:
     u = ctx.saved_tensors[4]
-    return _through_norm(ctx, du + d_activation.to(_wide(u.dtype)) * gelu_slope(u.to(_wide(u.dtype)), ctx.kind))
+    return _through_norm(ctx, du + d_activation.to(wide(u.dtype)) * gelu_slope(u.to(wide(u.dtype)), ctx.kind))
 
 
 def _through_norm(ctx: Any, du: Tensor) -> tuple[Any, ...]:
@@ -164,7 +165,3 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _joined(dx: Tensor, dx_low: Tensor) -> Tensor:
     """The whole gradient of what went on in two dtypes; the low one is empty where there was no other."""
     return dx + dx_low.to(dx.dtype) if dx_low.numel() else dx
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from smi_kernels.dtypes import wide
+
 SWIGLU = "swiglu"
 
 
@@ -188,8 +190,7 @@ class _Folder:
     """Layers of timm's as those of `VitWeights`: merged in float64, rounded once."""
 
     def __init__(self, low: torch.dtype, device: torch.device, tf32: bool) -> None:
-        self.low, self.wide = low, torch.promote_types(low, torch.float32)
-        self.device, self.tf32 = device, tf32
+        self.low, self.wide, self.device, self.tf32 = low, wide(low), device, tf32
 
     def exact(self, value: Tensor) -> Tensor:
         return value.detach().to(self.device, torch.float64)
@@ -417,10 +418,9 @@ def _head(vit: Any) -> list[str]:
 
 
 def _pool(pool: Any, norm_first: bool) -> list[str]:
-    name = type(pool).__name__
+    name, reasons = type(pool).__name__, []
     if name != "AttentionPoolLatent":
         return [f"its head pools by {name}, not by timm's AttentionPoolLatent"]
-    reasons = []
     if not norm_first or not isinstance(pool.norm, nn.LayerNorm):
         reasons.append("its attention pooling lacks a LayerNorm before keys and values, or before its MLP")
     if not isinstance(pool.q_norm, nn.Identity):

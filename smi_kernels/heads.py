@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smi_kernels import blocks
+from smi_kernels.dtypes import STAT_CHUNK
 from smi_kernels.folding import Linear, Norm, VitWeights
-from smi_kernels.linear.reference import STAT_CHUNK, gradient_sums
+from smi_kernels.linear.reference import gradient_sums
 
 _EPS = 1e-24  # of a mean square: next to nothing, but a vector of zeros has a length
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from smi_kernels import backends
 from smi_kernels.derivatives import DERIVATIVES, check_first_derivative, like_forward
+from smi_kernels.dtypes import chunks, empty_low, wide
 from smi_kernels.launch import recording
-from smi_kernels.linear.reference import STAT_CHUNK
 
 _library = torch.library.Library("smi", "DEF")
 OPERATORS: dict[str, str] = {}
@@ -79,14 +79,6 @@ def _implementation(folder: str, backend: str) -> Any:
     return importlib.import_module(module)
 
 
-def _chunks(width: int) -> int:
-    return -(-width // STAT_CHUNK)
-
-
-def _low(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty((0,) if x.dtype == dtype else x.shape, dtype=dtype)
-
-
 @_define("token_select", "select_tokens(Tensor scores, Tensor keep, SymInt count) -> Tensor")
 def _(scores, keep, count):
     return keep.new_empty(keep.shape[0], count)
@@ -98,7 +90,7 @@ def _(scores, keep, count):
     " SymInt prefix) -> (Tensor, Tensor)",
 )
 def _(query, key, scale, qk_norm, eps, keep, count, prefix):
-    scores = query.new_empty(keep.shape, dtype=_wide(query.dtype))
+    scores = query.new_empty(keep.shape, dtype=wide(query.dtype))
     return keep.new_empty(keep.shape[0], count), scores
 
 
@@ -111,7 +103,7 @@ def _(images, keep, offsets, weight, position, prefix, patch_height, patch_width
     B, D = images.shape[0], weight.shape[0]
     N = prefix.shape[0] + (position.shape[0] if keep is None else keep.shape[1])
     x = images.new_empty(B, N, D)
-    return x, _low(x, weight.dtype), images.new_empty(B * N, _chunks(D), 2)
+    return x, empty_low(x, weight.dtype), images.new_empty(B * N, chunks(D), 2)
 
 
 @_define(
@@ -120,7 +112,7 @@ def _(images, keep, offsets, weight, position, prefix, patch_height, patch_width
 )
 def _(dx_low, weight, prefix_tokens, scale, precision):
     B, N, _ = dx_low.shape
-    return dx_low.new_empty(B, N - prefix_tokens, weight.shape[1], dtype=_wide(dx_low.dtype))
+    return dx_low.new_empty(B, N - prefix_tokens, weight.shape[1], dtype=wide(dx_low.dtype))
 
 
 @_define(
@@ -135,7 +127,7 @@ def _(d_patches, keep, offsets, height, width, patch_height, patch_width):
 
 @_define("attention", "attention_row(Tensor query, Tensor key, float scale) -> Tensor")
 def _(query, key, scale):
-    return query.new_empty(key.shape[0], key.shape[2], dtype=_wide(query.dtype))
+    return query.new_empty(key.shape[0], key.shape[2], dtype=wide(query.dtype))
 
 
 @_define(
@@ -189,7 +181,7 @@ def _(key, norm, eps, prefix, fewer):
 def _(x, size, target, left, low):
     B, D = target.shape[0], x.shape[1]
     out = x.new_empty(B * left, D)
-    return out, _low(out, low), x.new_empty(B * left, _chunks(D), 2), x.new_empty(B, left)
+    return out, empty_low(out, low), x.new_empty(B * left, chunks(D), 2), x.new_empty(B, left)
 
 
 @_define(
@@ -198,7 +190,7 @@ def _(x, size, target, left, low):
 )
 def _(dx, size, target, total, low):
     out = dx.new_empty(target.numel(), dx.shape[1])
-    return out, _low(out, low)
+    return out, empty_low(out, low)
 
 
 @_define(
@@ -226,7 +218,7 @@ def _(x, stats, weight, colsum, bias, eps, precision, kind="erf"):
 )
 def _(a, weight, bias, residual, precision):
     x = residual.new_empty(a.shape[0], weight.shape[0])
-    return x, _low(x, a.dtype), x.new_empty(a.shape[0], _chunks(weight.shape[0]), 2)
+    return x, empty_low(x, a.dtype), x.new_empty(a.shape[0], chunks(weight.shape[0]), 2)
 
 
 @_define("linear", "linear_dx(Tensor dy, Tensor weight, ScalarType out_dtype, str precision) -> Tensor")
@@ -240,7 +232,7 @@ def _(dy, weight, out_dtype, precision):
     ' str kind="erf") -> (Tensor, Tensor)',
 )
 def _(dy, weight, u, colsum, bias, precision, kind="erf"):
-    return u.new_empty(u.shape), colsum.new_empty(u.shape[0], _chunks(u.shape[1]), 2)
+    return u.new_empty(u.shape), colsum.new_empty(u.shape[0], chunks(u.shape[1]), 2)
 
 
 @_define(
@@ -250,7 +242,7 @@ def _(dy, weight, u, colsum, bias, precision, kind="erf"):
 )
 def _(du, weight, dstats, x, moments, residual, extra, tokens, first, precision):
     dx = moments.new_empty(du.shape[0], weight.shape[1])
-    return dx, _low(dx, weight.dtype)
+    return dx, empty_low(dx, weight.dtype)
 
 
 @_define("image_prior", "prior_sums(Tensor images) -> Tensor")
@@ -327,10 +319,6 @@ def _(logits, targets, colsum, bias, grad_scale, low_dtype, history, step):
         logits.new_empty(B, classes, dtype=low_dtype),
         logits.new_empty(R, B, 1, 2),
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _like_its_forward(

@@ -15,9 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from smi_kernels import dtypes
+from smi_kernels.dtypes import chunks as chunks
 from smi_kernels.launch import DEPENDENT_LAUNCH
 
-STAT_CHUNK = tl.constexpr(64)
+STAT_CHUNK = tl.constexpr(dtypes.STAT_CHUNK)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _DEPENDENT = tl.constexpr(DEPENDENT_LAUNCH and not _INTERPRETED.value)
 
@@ -140,11 +142,6 @@ def gelu_factor(u, KIND: tl.constexpr):
         below = 1.0 / (1.0 + tl.exp(-A * u * (1.0 + B * u * u)))
         density = below * (1.0 - below) * A * (1.0 + 3.0 * B * u * u)
     return below, density
-
-
-def chunks(D: int) -> int:
-    """Pairs of statistics of a row of width D."""
-    return -(-D // int(STAT_CHUNK))
 
 
 def compute_type(dtype: torch.dtype) -> Any:

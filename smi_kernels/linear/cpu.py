@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from smi_kernels import native
+from smi_kernels.dtypes import chunks
 from smi_kernels.linear import reference
-from smi_kernels.linear.reference import GELUS, STAT_CHUNK
+from smi_kernels.linear.reference import GELUS
 from smi_kernels.native import Rows
 
 
@@ -54,7 +55,7 @@ def linear_residual(
         return reference.linear_residual(a, weight, bias, residual, precision)
     (M, K), D = a.shape, weight.shape[0]
     native.expect(weight=(weight, (D, K)), bias=(bias, (D,)), residual=(residual, (M, D)))
-    x, stats = a.new_empty(M, D), a.new_empty(M, _chunks(D), 2)
+    x, stats = a.new_empty(M, D), a.new_empty(M, chunks(D), 2)
     rows, around = Rows(a), Rows(residual)
     native.call(
         "linear_residual", a.dtype, rows, rows.row, weight.contiguous(), bias.contiguous(), around, around.row, x,
@@ -82,7 +83,7 @@ def linear_gelu_dx(
         return reference.linear_gelu_dx(dy, weight, u, colsum, bias, precision, kind)
     (M, D), OUT = dy.shape, weight.shape[1]
     native.expect(weight=(weight, (D, OUT)), u=(u, (M, OUT)), colsum=(colsum, (OUT,)), bias=(bias, (OUT,)))
-    du, dstats, rows = dy.new_empty(M, OUT), dy.new_empty(M, _chunks(OUT), 2), Rows(dy)
+    du, dstats, rows = dy.new_empty(M, OUT), dy.new_empty(M, chunks(OUT), 2), Rows(dy)
     native.call(
         "linear_gelu_dx", dy.dtype, rows, rows.row, weight.contiguous(), u.contiguous(), colsum.contiguous(),
         bias.contiguous(), GELUS.index(kind), du, dstats, M, OUT, D,
@@ -140,16 +141,12 @@ def _norm_linear(
 ) -> tuple[Tensor, Tensor]:
     (M, D), OUT = x.shape, weight.shape[0]
     native.expect(
-        stats=(stats, (M, _chunks(D), 2)), weight=(weight, (OUT, D)), colsum=(colsum, (OUT,)), bias=(bias, (OUT,))
+        stats=(stats, (M, chunks(D), 2)), weight=(weight, (OUT, D)), colsum=(colsum, (OUT,)), bias=(bias, (OUT,))
     )
     u, moments, rows = x.new_empty(M, OUT), x.new_empty(M, 2), Rows(x)
-    chunks = Rows(stats if stats[:1].is_contiguous() else stats.contiguous())
+    pairs = Rows(stats if stats[:1].is_contiguous() else stats.contiguous())
     native.call(
-        "norm_linear", x.dtype, rows, rows.row, chunks, chunks.row, weight.contiguous(), colsum.contiguous(),
+        "norm_linear", x.dtype, rows, rows.row, pairs, pairs.row, weight.contiguous(), colsum.contiguous(),
         bias.contiguous(), float(eps), u, activation, GELUS.index(kind), moments, M, OUT, D,
     )  # fmt: skip
     return u, moments
-
-
-def _chunks(width: int) -> int:
-    return -(-width // STAT_CHUNK)

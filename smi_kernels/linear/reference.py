@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STAT_CHUNK = 64
+from smi_kernels import dtypes
+from smi_kernels.dtypes import STAT_CHUNK, low
+
 GELUS = ("erf", "tanh", "sigmoid")
 
 
@@ -155,7 +157,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
     Returns:
         (M, D) in `out_dtype`.
     """
-    return _product(dy, weight, torch.promote_types(dy.dtype, torch.float32)).to(out_dtype)
+    return _product(dy, weight, dtypes.wide(dy.dtype)).to(out_dtype)
 
 
 def linear_gelu_dx(
@@ -236,8 +238,3 @@ def norm_linear_dx(
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The product of rounded numbers, not a rounded product: kernels accumulate in `dtype` too."""
     return a.to(dtype) @ b.to(dtype)
-
-
-def low(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` rounded to `dtype`; empty if it has that dtype already, since an operation may not return a tensor twice."""
-    return x.new_empty(0, dtype=dtype) if x.dtype == dtype else x.to(dtype)

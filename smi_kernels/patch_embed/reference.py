@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi_kernels.linear.reference import low, row_statistics
+from smi_kernels import dtypes
+from smi_kernels.dtypes import low
+from smi_kernels.linear.reference import row_statistics
 
 
 def map_cells(keep: Tensor, offsets: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
@@ -196,7 +198,7 @@ def embed_tokens_dx(
     Returns:
         (B, K, C * patch_height * patch_width) float32.
     """
-    wide = torch.promote_types(dx_low.dtype, torch.float32)
+    wide = dtypes.wide(dx_low.dtype)
     d_patches = dx_low[:, prefix_tokens:].to(wide) @ weight.to(wide)
     return d_patches if scale is None else d_patches * scale.view(-1, 1, 1)
 
