@@ -66,13 +66,17 @@ def pack(
     pool: _Pool,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed pool.", show_default=False)],
     shard_images: Annotated[int, typer.Option("--shard-images", help="Images in each tar file.")] = 1000,
-    pixels: Annotated[str, typer.Option("--pixels", help="float32 loses nothing; png: pictures alone.")] = "float32",
+    pixels: Annotated[
+        str, typer.Option("--pixels", help="float32 loses nothing; kept: of kept patches; png: pictures.")
+    ] = "float32",
 ) -> None:
     """Write a pool as tar files that WebDataset reads and a Parquet index; interrupted, the same command goes on.
 
     Examples:
 
       smi pool pack pools/deit-b --out packed/deit-b
+
+      smi pool pack pools/deit-b --out packed/kept --pixels kept
 
       smi pool pack pools/deit-b --out packed/pictures --pixels png --shard-images 10000
     """

@@ -38,7 +38,8 @@ from smi.state import ROWS, ModelInfo, Result, WorkPlan
 from smi.tar import END, Record, encode_record, records
 from smi.workers import Workers
 
-Pixels = Literal["float32", "png"]
+Pixels = Literal["float32", "kept", "png"]  # each holds all that the next one does
+LESS = {"kept": "kept patches alone", "png": "pictures alone, rounded to 256 levels"}
 MANIFEST, FORMAT = PACKED, "smi-packed-pool"
 _SHARD = re.compile(r"shard-\d{6,}\.tar")
 _MEMBERS = {"cls", "json", "png", "safetensors"}
@@ -131,7 +132,8 @@ def pack(
     Args:
         shard_images: images in each tar file.
         pixels: ``float32`` keeps the normalised images as they were inverted beside their pictures, so that nothing is
-            lost; ``png`` the pictures alone, whose pixels are clipped and rounded to 256 levels.
+            lost; ``kept`` their kept patches alone, and the mean is in dropped ones; ``png`` the pictures alone, whose
+            pixels are clipped and rounded to 256 levels.
         on_images: called with the images packed and those present.
 
     Raises:
@@ -164,8 +166,11 @@ def _check_order(pool: Pool, shard_images: int, pixels: str) -> None:
         raise SmiError(f"shard_images is {shard_images}; expected at least 1 image in each tar file.")
     if pixels not in get_args(Pixels):
         raise SmiError(f"pixels is {pixels!r}.{did_you_mean(str(pixels), get_args(Pixels))}")
-    if isinstance(pool, PackedPool) and pool.pixels == "png" != pixels:
-        raise SmiError(f"the packed pool {str(pool.path)!r} holds pictures alone; pack the pool that it was made of.")
+    order = get_args(Pixels)
+    if isinstance(pool, PackedPool) and order.index(pool.pixels) > order.index(pixels):
+        raise SmiError(
+            f"the packed pool {str(pool.path)!r} holds {LESS[pool.pixels]}; pack the pool that it was made of."
+        )
     if not len(pool):
         raise SmiError(f"the pool {str(pool.path)!r} holds no finished batch yet; run its inversion first.")
     if pool.config.seed >= 2**62:
@@ -248,8 +253,11 @@ def decode_record(record: Record, info: ModelInfo, plan: WorkPlan, pixels: Pixel
     number = int(record.key)
     if number >= len(plan.targets):
         raise ValueError(f"image {number} is not among the {len(plan.targets)} of the plan")
-    images = _normalised(decode_png(record.members["png"], info), info)[None] if pixels == "png" else None
-    result = decode_bytes(record.members["safetensors"], images)
+    elsewhere: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+        "kept": lambda tensors: _from_patches(tensors.pop("patches"), tensors["keep"], info),
+        "png": lambda _: _normalised(decode_png(record.members["png"], info), info)[None],
+    }
+    result = decode_bytes(record.members["safetensors"], elsewhere.get(pixels))
     check_rows(result, info, plan, range(number, number + 1))
     return result
 
@@ -300,12 +308,34 @@ def members_of(one: Result, pool: Pool, pixels: Pixels) -> dict[str, bytes]:
     """What follows KEY and the dot -> bytes, for the one image of `one`."""
     said = {"key": _key(one), **facts(one, pool), "keep": one.keep[0].tolist()}
     said["confidence"] = said["confidence"] if math.isfinite(said["confidence"]) else None
+    instead = {}
+    if pixels == "kept":
+        patches = _patches(one.images, one.keep, pool.info)
+        instead = {"patches": patches}
+        one = dataclasses.replace(one, images=_from_patches(patches, one.keep, pool.info))
     return {
         "cls": str(said["class"]).encode(),
         "json": json.dumps(said, ensure_ascii=False).encode(),
         "png": encode_png(to_pixels(one.images[0], pool.info)),
-        "safetensors": encode(one, images=pixels == "float32"),
+        "safetensors": encode(one, None if pixels == "float32" else instead),
     }
+
+
+def _patches(images: Tensor, keep: Tensor, info: ModelInfo) -> Tensor:
+    """(B, C, H, W) and (B, K) -> (B, K, C, height, width): the pixels of the kept patches."""
+    (rows, columns), (height, width) = info.grid, info.patch_size
+    cells = images.unflatten(2, (rows, height)).unflatten(4, (columns, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return cells.gather(1, keep[:, :, None, None, None].expand(-1, -1, *cells.shape[2:]))
+
+
+def _from_patches(patches: Tensor, keep: Tensor, info: ModelInfo) -> Tensor:
+    """The images of which these are the kept patches, and the others the mean, which is 0. Raises any of `DAMAGE`."""
+    (rows, columns), shape = info.grid, (info.input_size[0], *info.patch_size)
+    if patches.shape != (*keep.shape, *shape) or patches.dtype != torch.float32:
+        raise ValueError(f"patches are {tuple(patches.shape)} {patches.dtype}")
+    cells = patches.new_zeros(len(keep), info.num_patches, *shape)
+    cells.scatter_(1, keep[:, :, None, None, None].expand_as(patches), patches)
+    return cells.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4).contiguous()
 
 
 def _key(one: Result) -> str:

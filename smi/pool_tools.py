@@ -18,7 +18,7 @@ import torch
 from smi.errors import SmiError
 from smi.files import atomic_write, writing
 from smi.index import NAME, shard_name
-from smi.packed import PackedPool, decode_png, members_of, open_pool, scan
+from smi.packed import LESS, PackedPool, decode_png, members_of, open_pool, scan
 from smi.pool import Pool, PoolWriter, picture_names, shard_path, to_pixels
 from smi.shard import content_hash, read_hash
 from smi.state import ROWS, Result, WorkPlan
@@ -176,10 +176,10 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Pool:
                     f"{str(other.path)!r} and {str(first.path)!r} differ in their {_names[what]}; only parts of one "
                     f"plan can be put together."
                 )
-        if isinstance(other, PackedPool) and other.pixels == "png":
+        if isinstance(other, PackedPool) and other.pixels in LESS:
             raise SmiError(
-                f"the packed pool {str(other.path)!r} holds pictures alone, rounded to 256 levels; name the pool that "
-                f"it was made of, or pack that with pixels of float32."
+                f"the packed pool {str(other.path)!r} holds {LESS[other.pixels]}; name the pool that it was made of, "
+                f"or pack that with pixels of float32."
             )
     _check_doubles(pools)
     with Workers(Path(out)):

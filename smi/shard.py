@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -73,9 +74,14 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtyp
         raise ValueError(f"{name} is {have} {tensor.dtype}, expected {want} {dtype}")
 
 
-def encode(result: Result, *, images: bool = True) -> bytes:
-    """A safetensors file of `result`, with or without its images; its metadata ``smi`` is JSON with a hash over all."""
-    tensors, extra = _parts(result, images)
+def encode(result: Result, instead: dict[str, Tensor] | None = None) -> bytes:
+    """A safetensors file of `result`; its metadata ``smi`` is JSON with a hash over all.
+
+    Args:
+        instead: tensors in place of the images; None leaves these.
+    """
+    tensors, extra = _parts(result, instead is None)
+    tensors |= instead or {}
     return save(tensors, {"smi": json.dumps({**extra, "sha256": hash_of(tensors, extra)})})
 
 
@@ -154,15 +160,15 @@ def decode(file: Path) -> Result:
         return _assemble(tensors, json.loads((shard.metadata() or {})["smi"]))
 
 
-def decode_bytes(data: bytes, images: Tensor | None = None) -> Result:
+def decode_bytes(data: bytes, images: Callable[[dict[str, Tensor]], Tensor] | None = None) -> Result:
     """The result in the bytes that `encode` made, compared with the hash in them. Raises any of `DAMAGE`.
 
     Args:
-        images: those of a result that was encoded without them.
+        images: makes those of a result that was encoded without them, of its tensors.
     """
     tensors, extra = _parted(data)
     if images is not None:
-        tensors["images"] = images
+        tensors["images"] = images(tensors)
     return _assemble(tensors, extra)
 
 

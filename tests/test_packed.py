@@ -20,11 +20,13 @@ import pytest
 import torch
 from PIL import Image
 from pools import CONFIG, INFO, PLAN, assert_same, files_of, fill_pool, make_result, open_writer
+from safetensors.torch import load
 from typer.testing import CliRunner
 
 import smi
 from smi import packed
 from smi.cli import app
+from smi.dataset import fill_dropped
 from smi.index import IndexWriter
 from smi.packed import PackedPool, open_pool, pack
 from smi.pool import Pool, to_pixels
@@ -119,6 +121,38 @@ def test_pictures_alone(source: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(smi.SmiError, match="pack the pool that it was made of"):
         pack(pool, tmp_path / "out")
     assert len(pack(pool, tmp_path / "again", pixels="png")) == 7
+
+
+def test_kept_patches_alone(source: Path, made: Path, tmp_path: Path) -> None:
+    pool = pack(source, tmp_path / "kept", pixels="kept", shard_images=4)
+    for batch, result in enumerate(pool):
+        expected = make_result(batch)
+        shown = fill_dropped(expected.images, expected.keep, expected.indices, INFO, CONFIG.seed, "mean")
+        assert not torch.equal(shown, expected.images)
+        assert_same(result, dataclasses.replace(expected, images=shown))
+    assert not verify(pool.path).problems
+    (record, *_) = records(io.BytesIO((pool.path / "shard-000000.tar").read_bytes()))
+    tensors = load(record.members["safetensors"])
+    first = make_result(0)
+    assert "images" not in tensors and tensors["patches"].shape[1] == first.keep.shape[1]
+    height, width = INFO.patch_size
+    for patch, place in zip(tensors["patches"][0], first.keep[0].tolist(), strict=True):
+        row, column = divmod(place, INFO.grid[1])
+        cell = first.images[0, :, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        assert torch.equal(patch, cell)
+    assert sum(map(len, files_of(pool.path).values())) < sum(map(len, files_of(made).values()))
+    with pytest.raises(smi.SmiError, match="holds kept patches alone"):
+        merge([pool.path], tmp_path / "out")
+    with pytest.raises(smi.SmiError, match="holds kept patches alone; pack the pool that it was made of"):
+        pack(pool, tmp_path / "out")
+    assert files_of(pack(pool, tmp_path / "again", pixels="kept", shard_images=4).path) == files_of(pool.path)
+    assert len(pack(pool, tmp_path / "png", pixels="png")) == 7
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3)])
+def test_patches_that_are_of_another_shape_are_damage(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="patches are"):
+        packed._from_patches(torch.zeros(shape), make_result(0).keep[:1], INFO)
 
 
 @pytest.mark.parametrize("after", range(0, 8))

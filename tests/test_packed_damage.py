@@ -237,7 +237,7 @@ def test_pictures_that_lie_about_their_size(source: Path, tmp_path: Path) -> Non
             packed.decode_record(wrong, INFO, PLAN, "png")
     for change, said in (
         ({"safetensors": b"\xff" * 64}, "header"),
-        ({"safetensors": encode(make_result(0), images=False)}, "keep is 3x2 torch.int64, expected 1x"),
+        ({"safetensors": encode(make_result(0), {})}, "keep is 3x2 torch.int64, expected 1x"),
     ):
         with pytest.raises(packed.DAMAGE, match=said):
             packed.decode_record(dataclasses.replace(record, members=record.members | change), INFO, PLAN, "png")
