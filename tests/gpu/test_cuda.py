@@ -64,6 +64,23 @@ def test_the_same_bits_twice() -> None:
     assert torch.equal(first.keep, again.keep)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_state_goes_on_with_the_same_bits(backend: str) -> None:
+    """From the midst of a phase, through graphs that another object has captured, under a rate that changes."""
+    config = CONFIG.replace(lr_schedule="cosine", warmup=3, iterations=60)
+    model = smi.SparseModel(load_teacher(), device="cuda", backend=backend)
+    whole = smi.Inversion(model, TARGETS, config)
+    while whole.iteration < 27:
+        whole._advance(min(whole._stride(), 27 - whole.iteration))
+    state = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in whole.state_dict().items()}
+    again = smi.Inversion(model, TARGETS, config)
+    again.load_state_dict(state)
+    found, expected = again.run(), whole.run()
+    assert torch.equal(found.images, expected.images) and torch.equal(found.keep, expected.keep)
+    for name, curve in expected.history.items():
+        assert torch.equal(found.history[name], curve)
+
+
 @pytest.fixture(autouse=True)
 def released() -> Iterator[None]:
     """Memory goes back after each test, for other processes may test on the same GPU."""
