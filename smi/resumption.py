@@ -68,7 +68,7 @@ def restore(loop: Inversion, state: State) -> None:
         fits = isinstance(value, Tensor) and value.dtype == dtype and value.ndim == len(size)
         if not fits or any(want not in (None, have) for want, have in zip(size, value.shape, strict=True)):
             raise ValueError(f"its {name} is not a {dtype} tensor of shape {size}")
-        return value.to(loop.images.device)
+        return value.to(loop.images.device, copy=True)  # the other loop may go on with its own
 
     keep = _kept(loop, tensor("keep", shape[0], None, dtype=torch.int64), t)
     histories = {name: tensor(f"history.{name}", t, dtype=old.dtype) for name, old in loop._history.items()}

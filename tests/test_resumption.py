@@ -258,6 +258,18 @@ def test_the_seed_of_a_second_try_is_kept(network: torch.nn.Module, tmp_path: Pa
     assert Pool(tmp_path / "pool").load(0).tries == 2
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_two_loops_of_one_state_do_not_share_it(network: torch.nn.Module, backend: str) -> None:
+    model = model_for(network, BASE, backend)
+    first, second, whole = (Inversion(model, TARGETS, BASE) for _ in range(3))
+    for _ in range(5):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    expected = whole.run()
+    assert_same(first.run(), expected)
+    assert_same(second.run(), expected)
+
+
 def test_only_whole_iterations_of_the_same_arguments_are_taken(network: torch.nn.Module) -> None:
     model = model_for(network, BASE, "cpu")
     loop = Inversion(model, [0, 1], BASE)
