@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +165,85 @@ def test_statistics_may_lie_any_number_of_entries_apart() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
-def test_the_vendor_sums_in_float32_and_the_callers_settings_come_back(precision: str) -> None:
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """PyTorch's settings of products on GPUs, which are back at its defaults afterwards."""
     matmul = torch.backends.cuda.matmul
-    for dtype, name, expected in (
-        (torch.float32, "fp32_precision", tuning.dot_precision(precision)),
-        (torch.bfloat16, "allow_bf16_reduced_precision_reduction", False),
-        (torch.float16, "allow_fp16_reduced_precision_reduction", False),
-    ):
-        before = getattr(matmul, name)
-        with vendor._sums_in_float32(dtype, precision):
-            assert getattr(matmul, name) == expected
-        assert getattr(matmul, name) == before
+    yield matmul
+    matmul.allow_tf32 = False
+    matmul.fp32_precision = "none"
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("theirs", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32" + tuning.INVARIANT])
+def test_the_vendor_multiplies_float32_as_asked_and_the_callers_setting_comes_back(
+    precision: str, theirs: str, matmul: Any
+) -> None:
+    matmul.fp32_precision = theirs
+    with vendor._sums_in_float32(torch.float32, precision):
+        assert (matmul.fp32_precision == "tf32") == precision.startswith("tf32")
+    assert matmul.fp32_precision == theirs
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_setting_by_its_old_name_comes_back(allowed: bool, precision: str, matmul: Any) -> None:
+    matmul.allow_tf32 = allowed
+    with vendor._sums_in_float32(torch.float32, precision):
+        assert matmul.fp32_precision == precision
+    assert matmul.allow_tf32 is allowed
+
+
+@pytest.mark.triton
+def test_a_setting_that_is_right_already_is_not_written() -> None:
+    class Settings:
+        fp32_precision = "none"
+        allow_bf16_reduced_precision_reduction = False
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise AssertionError(f"{name} = {value!r}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cuda, "matmul", Settings())
+        for dtype in (torch.float32, torch.bfloat16):
+            with vendor._sums_in_float32(dtype, "ieee"):
+                pass
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("theirs", [(True, True), (False, True), (False, False)], ids=str)
+def test_the_vendor_sums_in_float32_and_the_callers_setting_comes_back(
+    theirs: tuple[bool, bool], dtype: str, matmul: Any
+) -> None:
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    setattr(matmul, name, theirs)
+    with vendor._sums_in_float32({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype], "ieee"):
+        assert (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) == (False, theirs[1])
+    assert (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) == theirs
+
+
+@pytest.mark.triton
+def test_settings_come_back_when_two_threads_multiply_at_once(matmul: Any) -> None:
+    matmul.fp32_precision = "tf32"
+    inside, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with vendor._sums_in_float32(torch.float32, "ieee"):
+            left.wait(0.2)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with vendor._sums_in_float32(torch.float32, "ieee"):
+        inside.set()
+        thread.join(0.1)
+    left.set()
+    thread.join()
+    assert matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.triton

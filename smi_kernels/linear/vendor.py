@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ _SETTINGS = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
     torch.float16: "allow_fp16_reduced_precision_reduction",
 }
+_lock = threading.RLock()
 
 
 def product(a: Tensor, b: Tensor, precision: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,12 +46,25 @@ def product(a: Tensor, b: Tensor, precision: str, dtype: torch.dtype | None = No
 
 @contextlib.contextmanager
 def _sums_in_float32(dtype: torch.dtype, precision: str) -> Iterator[None]:
-    """Products of float32 numbers in `precision`; parts of a sum of 16-bit products are not rounded to be added."""
-    matmul = torch.backends.cuda.matmul
-    name, wanted = _SETTINGS[dtype], dot_precision(precision) if dtype == torch.float32 else False
-    before = getattr(matmul, name)
-    setattr(matmul, name, wanted)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+    """Products of float32 numbers in `precision`; parts of a sum of 16-bit products are not rounded to be added.
+
+    PyTorch has no settings of a thread: where the process has others, products of other threads have these meanwhile,
+    and ``allow_tf32`` cannot be read there.
+    """
+    matmul, name = torch.backends.cuda.matmul, _SETTINGS[dtype]
+    with _lock:  # or of two threads one would take for the caller's what the other has set
+        before: Any = getattr(matmul, name)
+        wanted: Any = dot_precision(precision)
+        if dtype == torch.float32:
+            right = (before == "tf32") == (wanted == "tf32")
+        else:
+            split = getattr(matmul, f"{name}_split_k", True)
+            right, wanted, before = not before, (False, split), (before, split)
+        if right:
+            yield
+            return
+        setattr(matmul, name, wanted)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
