@@ -1,4 +1,4 @@
-"""What kernels share: matrix products of tiles, activations, and merging of row statistics.
+"""What kernels share: matrix products of tiles, activations, the highest of scores, and merging of row statistics.
 
 Row statistics come in chunks of `STAT_CHUNK` columns, as (mean, sum of squared deviations): whoever writes rows of
 width D leaves ceil(D / STAT_CHUNK) pairs a row, and whoever normalises them merges the pairs (Chan, Golub & LeVeque,
@@ -95,6 +95,37 @@ def merge_moments(mean, squares, x, first, D, COUNT: tl.constexpr, WIDTH: tl.con
     # In this order, so that a mean whose square would overflow does not make NaN of nothing to merge with.
     squares += tl.sum(apart * apart, axis=1) + between * (between * (share * COUNT))
     return mean + between * share, squares
+
+
+@triton.jit
+def among_highest(scores, candidates, count):
+    """Whether each of `scores`, float32 or float64, is among the `count` highest `candidates`; earlier ties first."""
+    if scores.dtype == tl.float64:
+        BITS: tl.constexpr = 64
+        ORDER: tl.constexpr = tl.int64
+    else:
+        BITS: tl.constexpr = 32
+        ORDER: tl.constexpr = tl.int32
+    one = tl.full((), 1, ORDER)
+    lowest = one << (BITS - 1)
+    bits = scores.to(ORDER, bitcast=True)
+    order = tl.where(bits < 0, bits ^ ~lowest, bits)
+    order = tl.where(bits == lowest, 0, order)  # -0 is as high as +0
+    order = tl.where(scores != scores, ~lowest, order)
+
+    enough = tl.sum((candidates & (order >= 0)).to(tl.int32), axis=0) >= count
+    threshold = tl.where(enough, 0, lowest)
+    step = one << (BITS - 2)
+    for _ in range(BITS - 1):
+        higher = threshold | step
+        enough = tl.sum((candidates & (order >= higher)).to(tl.int32), axis=0) >= count
+        threshold = tl.where(enough, higher, threshold)
+        step = step >> 1
+
+    above = candidates & (order > threshold)
+    ties = (candidates & (order == threshold)).to(tl.int32)
+    left = count - tl.sum(above.to(tl.int32), axis=0)
+    return above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
 
 
 @triton.jit

@@ -165,6 +165,18 @@ def test_kernels_merge_as_the_reference_and_back(shape: tuple[int, ...], sized: 
         torch.testing.assert_close(back[1], expected_back[1], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_place_that_no_token_goes_to_is_zero(sized: bool) -> None:
+    x, target = normal(4, 70).float(), torch.tensor([[0, 2, 2, 0]], device=DEVICE)
+    size = torch.tensor([[1.0, 3.0, 1.0, 2.0]], device=DEVICE) if sized else None
+    with poisoned():
+        found = kernels.merge_tokens(x, size, target, 3, torch.float32)
+    expected = reference.merge_tokens(x, size, target, 3, torch.float32)
+    assert found[0][1].eq(0).all() and found[2][1].eq(0).all() and found[3][0, 1] == 0
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
 def test_gradient_is_the_transpose() -> None:
     x, size, target, left = case((2, 17, 1, 6, 20), torch.float64, True)
     dx = normal(2 * left, 20, seed=5)

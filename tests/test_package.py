@@ -116,7 +116,9 @@ def forbidden(module: str, imported: str) -> bool:
     origin, target = module.split("."), imported.split(".")
     if origin[0] == "smi_kernels":
         reference_to_kernels = origin[-1] == "reference" and (target[0] == "triton" or "kernels" in target)
-        return target[0] == "smi" or reference_to_kernels
+        own = origin[1] if len(origin) > 2 else None
+        another_ops = own is not None and len(target) > 2 and target[1] != own and target[2].endswith("kernels")
+        return target[0] == "smi" or reference_to_kernels or (target[0] == "smi_kernels" and another_ops)
     if target[0] == "smi_kernels" and len(target) > 1:
         return len(target) > 2 or target[1] not in (*smi_kernels.__all__, "backends")
     return target[0] == "triton"
@@ -148,6 +150,8 @@ def test_no_forbidden_import(path: Path) -> None:
         ("smi_kernels.a.reference", "import triton.language as tl"),
         ("smi_kernels.a.reference", "from .kernels import launch"),
         ("smi_kernels.a.reference", "from . import kernels"),
+        ("smi_kernels.a.kernels", "from smi_kernels.b.kernels import helper"),
+        ("smi_kernels.a.cpu", "from ..b import class_kernels"),
     ],
 )
 def test_forbidden_imports_are_found(module: str, line: str) -> None:
@@ -163,6 +167,9 @@ def test_forbidden_imports_are_found(module: str, line: str) -> None:
         ("smi.a", "from . import errors"),
         ("smi_kernels.a.kernels", "import triton"),
         ("smi_kernels.a.kernels", "from .reference import select_tokens"),
+        ("smi_kernels.a.kernels", "from smi_kernels.a.class_kernels import class_attention"),
+        ("smi_kernels.a.kernels", "from smi_kernels.b.addressing import wrap"),
+        ("smi_kernels.ops", "from smi_kernels.a.kernels import select_tokens"),
     ],
 )
 def test_allowed_imports_pass(module: str, line: str) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from smi_kernels.attention.rows import load_rows, normed
 from smi_kernels.launch import launch
-from smi_kernels.tiles import STAT_CHUNK, compute_type, dot, store_row_statistics, wait_for_previous
-from smi_kernels.token_select.kernels import _chosen
+from smi_kernels.tiles import STAT_CHUNK, among_highest, compute_type, dot, store_row_statistics, wait_for_previous
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def merge_targets_kernel(
     patch = token - prefix
     even = (patch >= 0) & (patch % 2 == 0) & (token < N)
     at = image * evens + patch // 2
-    gone = _chosen(tl.load(best_ptr + at, mask=even, other=0.0), even, fewer)
+    gone = among_highest(tl.load(best_ptr + at, mask=even, other=0.0), even, fewer)
     stays = (token < N) & ~gone
     place = tl.cumsum(stays.to(tl.int32), axis=0) - 1
     target_ptr += image * N
@@ -160,7 +159,7 @@ def merge_tokens_kernel(
     for start in range(0, N, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         mine = tl.load(target_ptr + image * N + token, mask=token < N, other=-1) == place
-        share = _sizes(size_ptr, image * N + token, mine, HAS_SIZE, COMPUTE) / total
+        share = _sizes(size_ptr, image * N + token, mine, HAS_SIZE, COMPUTE) / tl.where(total == 0, 1.0, total)
         at = x_ptr + (image * N + token)[:, None] * D + column[None, :]
         x = tl.load(at, mask=mine[:, None] & (column < D)[None, :], other=0.0)
         out += tl.sum(x * share[:, None], axis=0)[None, :]
@@ -171,7 +170,7 @@ def merge_tokens_kernel(
         tl.store(low_ptr + at, out.to(low_ptr.dtype.element_ty), mask=(column < D)[None, :])
     stride_m = 2 * tl.cdiv(D, STAT_CHUNK)
     store_row_statistics(stats_ptr, out, rows, first, stride_m, row + 1, D, 1, BLOCK_D)
-    tl.store(total_ptr + rows, total, mask=rows < tl.where(first == 0, row + 1, 0))
+    tl.store(total_ptr + row, tl.sum(total), mask=first == 0)
 
 
 @triton.jit(do_not_specialize=["N", "left", "M"])

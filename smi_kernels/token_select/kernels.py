@@ -14,38 +14,7 @@ from torch import Tensor
 
 from smi_kernels.class_row import class_row, class_row_args
 from smi_kernels.launch import launch
-from smi_kernels.tiles import compute_type, wait_for_previous
-
-
-@triton.jit
-def _chosen(scores, candidates, count):
-    """Whether each of `scores`, float32 or float64, is among the `count` highest `candidates`; earlier ties first."""
-    if scores.dtype == tl.float64:
-        BITS: tl.constexpr = 64
-        ORDER: tl.constexpr = tl.int64
-    else:
-        BITS: tl.constexpr = 32
-        ORDER: tl.constexpr = tl.int32
-    one = tl.full((), 1, ORDER)
-    lowest = one << (BITS - 1)
-    bits = scores.to(ORDER, bitcast=True)
-    order = tl.where(bits < 0, bits ^ ~lowest, bits)
-    order = tl.where(bits == lowest, 0, order)  # -0 is as high as +0
-    order = tl.where(scores != scores, ~lowest, order)
-
-    enough = tl.sum((candidates & (order >= 0)).to(tl.int32), axis=0) >= count
-    threshold = tl.where(enough, 0, lowest)
-    step = one << (BITS - 2)
-    for _ in range(BITS - 1):
-        higher = threshold | step
-        enough = tl.sum((candidates & (order >= higher)).to(tl.int32), axis=0) >= count
-        threshold = tl.where(enough, higher, threshold)
-        step = step >> 1
-
-    above = candidates & (order > threshold)
-    ties = (candidates & (order == threshold)).to(tl.int32)
-    left = count - tl.sum(above.to(tl.int32), axis=0)
-    return above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+from smi_kernels.tiles import among_highest, compute_type, wait_for_previous
 
 
 @triton.jit
@@ -73,7 +42,7 @@ def select_tokens_kernel(
     image = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     scores = tl.load(scores_ptr + image * scores_stride_b + k * scores_stride_k, mask=k < K, other=0.0).to(COMPUTE)
-    chosen = _chosen(scores, k < K, count)
+    chosen = among_highest(scores, k < K, count)
     _store_chosen(keep_ptr + image * keep_stride_b, chosen, k * keep_stride_k, out_ptr + image * count)
 
 
@@ -116,7 +85,7 @@ def rank_tokens_kernel(
     patch = tl.arange(0, BLOCK_N) - prefix
     candidates = (patch >= 0) & (patch < N - prefix)
     tl.store(scores_ptr + image.to(tl.int64) * (N - prefix) + patch, row, mask=candidates)
-    chosen = _chosen(row, candidates, count)
+    chosen = among_highest(row, candidates, count)
     keep = keep_ptr + image.to(tl.int64) * keep_stride_b
     _store_chosen(keep, chosen, patch * keep_stride_k, out_ptr + image.to(tl.int64) * count)
 
