@@ -96,20 +96,16 @@ def class_row(
     return total / H
 
 
-def class_row_args(
-    query: Tensor, key: Tensor, scale: float, qk_norm: Tensor | None, eps: float
-) -> tuple[dict[str, Any], int]:
-    """Launch arguments that `class_row` needs, and warps to give it, for query (B, H, D) and key (B, N, H, D)."""
+def class_row_args(query: Tensor, key: Tensor, scale: float) -> tuple[dict[str, Any], int]:
+    """Launch arguments that `class_row` needs without a norm, and warps to give it, for query (B, H, D) and key
+    (B, N, H, D)."""
     _, N, H, D = key.shape
-    WHOLE_D = triton.next_power_of_2(D)
     BLOCK_N = max(16, triton.next_power_of_2(N))
     warps = min(max(BLOCK_N // 64, 2), 8 if BLOCK_N <= 1024 else 16)
     args = {
         "query_ptr": query,
         "key_ptr": key,
-        "norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
         "SCALE": scale,
-        "EPS": eps,
         "N": N,
         "H": H,
         "D": D,
@@ -120,11 +116,9 @@ def class_row_args(
         "key_stride_n": key.stride(1),
         "key_stride_h": key.stride(2),
         "key_stride_d": key.stride(3),
-        "HAS_NORM": qk_norm is not None,
         "COMPUTE": compute_type(query.dtype),
         "BLOCK_N": BLOCK_N,
-        "WHOLE_D": WHOLE_D,
         # 16 entries of keys a thread, as long as rows are read 16 bytes at a time.
-        "BLOCK_D": min(WHOLE_D, max(16 * 32 * warps // BLOCK_N, 16 // key.element_size())),
+        "BLOCK_D": min(triton.next_power_of_2(D), max(16 * 32 * warps // BLOCK_N, 16 // key.element_size())),
     }
     return args, warps

@@ -183,6 +183,7 @@ def class_attention_dx_kernel(
 def class_attention(
     query: Tensor, kv: Tensor, qk_norm: Tensor | None, eps: float, size: Tensor | None = None
 ) -> Tensor:
+    """As `smi_kernels.attention.reference.class_attention`."""
     query, kv = query.contiguous(), kv.contiguous()
     B, R, H, D = query.shape
     out = torch.empty(B, R, H * D, dtype=query.dtype, device=query.device)
@@ -218,6 +219,7 @@ def class_attention_dx(
     kv_bias: Tensor,
     size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.attention.reference.class_attention_dx`."""
     query, kv, d_out = query.contiguous(), kv.contiguous(), d_out.contiguous()
     B, R, H, D = query.shape
     N = kv.shape[1]

@@ -385,6 +385,7 @@ def _dx_tile(N: int, BLOCK_D: int, dtype: torch.dtype, norm: bool, sized: bool) 
 def attention(
     qkv: Tensor, qk_norm: Tensor | None, eps: float, precision: str = "ieee", size: Tensor | None = None
 ) -> Tensor:
+    """As `smi_kernels.attention.reference.attention`."""
     qkv = qkv.contiguous()
     B, N, _, H, D = qkv.shape
     out = torch.empty(B, N, H * D, dtype=qkv.dtype, device=qkv.device)
@@ -424,6 +425,7 @@ def attention_dx(
     precision: str = "ieee",
     size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.attention.reference.attention_dx`."""
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty_like(qkv)

@@ -16,10 +16,8 @@ from smi_kernels.tiles import wait_for_previous
 def attention_row_kernel(
     query_ptr,  # (B, H, D)
     key_ptr,  # (B, N, H, D)
-    norm_ptr,  # unused
     row_ptr,  # (B, N)
     SCALE: tl.float64,
-    EPS,
     N,
     H,
     D,
@@ -30,25 +28,24 @@ def attention_row_kernel(
     key_stride_n,
     key_stride_h,
     key_stride_d,
-    HAS_NORM: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WHOLE_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     wait_for_previous()
     image = tl.program_id(0)
     row = class_row(
-        query_ptr, key_ptr, norm_ptr, image, SCALE, EPS, N, H, D, query_stride_b, query_stride_h, query_stride_d,
-        key_stride_b, key_stride_n, key_stride_h, key_stride_d, HAS_NORM, COMPUTE, BLOCK_N, WHOLE_D, BLOCK_D,
+        query_ptr, key_ptr, None, image, SCALE, 0.0, N, H, D, query_stride_b, query_stride_h, query_stride_d,
+        key_stride_b, key_stride_n, key_stride_h, key_stride_d, False, COMPUTE, BLOCK_N, BLOCK_D, BLOCK_D,
     )  # fmt: skip
     n = tl.arange(0, BLOCK_N)
     tl.store(row_ptr + image.to(tl.int64) * N + n, row, mask=n < N)
 
 
 def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """As `smi_kernels.attention_row`."""
     B, _, N, _ = key.shape
     row = torch.empty(B, N, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    args, warps = class_row_args(query, key.transpose(1, 2), scale, None, 0.0)
+    args, warps = class_row_args(query, key.transpose(1, 2), scale)
     launch(attention_row_kernel, (B,), {**args, "row_ptr": row}, num_warps=warps)
     return row

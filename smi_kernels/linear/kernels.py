@@ -312,6 +312,7 @@ def norm_linear(
     out_dtype: torch.dtype,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear`."""
     u = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     return u, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, None, precision)
 
@@ -326,6 +327,7 @@ def norm_linear_gelu(
     precision: str = "ieee",
     kind: str = "erf",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear_gelu`."""
     u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     activation = torch.empty_like(u)
     return u, activation, _launch_norm_linear(x, stats, weight, colsum, bias, eps, u, activation, precision, kind)
@@ -374,6 +376,7 @@ def _launch_norm_linear(
 def linear_residual(
     a: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.linear_residual`."""
     M, K = a.shape
     D = weight.shape[0]
     residual = _rows(residual)
@@ -401,6 +404,7 @@ def linear_residual(
 
 
 def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str = "ieee") -> Tensor:
+    """As `smi_kernels.linear.reference.linear_dx`."""
     M, OUT = dy.shape
     D = weight.shape[1]
     tile = tuning.tile("linear_dx", dy.dtype, M, D, OUT, precision, dy.device)
@@ -422,6 +426,7 @@ def linear_dx(dy: Tensor, weight: Tensor, out_dtype: torch.dtype, precision: str
 def linear_gelu_dx(
     dy: Tensor, weight: Tensor, u: Tensor, colsum: Tensor, bias: Tensor, precision: str = "ieee", kind: str = "erf"
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.linear_gelu_dx`."""
     M, D = dy.shape
     OUT = weight.shape[1]
     du = torch.empty(M, OUT, dtype=u.dtype, device=u.device)
@@ -457,6 +462,7 @@ def norm_linear_dx(
     first: int,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.linear.reference.norm_linear_dx`."""
     M, OUT = du.shape
     D = weight.shape[1]
     x, residual = _rows(x), None if residual is None else _rows(residual)

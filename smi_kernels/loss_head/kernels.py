@@ -111,6 +111,7 @@ def cross_entropy_head(
     history: Tensor | None = None,
     step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.loss_head.reference.cross_entropy_head`."""
     R, B, classes = logits.shape
     loss = torch.empty(B, dtype=logits.dtype, device=logits.device)
     d_logits = torch.empty(B, classes, dtype=low_dtype, device=logits.device)

@@ -183,6 +183,7 @@ def embed_tokens(
     patch_width: int,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `smi_kernels.patch_embed.reference.embed_tokens`."""
     B, C, H, W = images.shape
     D, P = weight.shape[0], prefix.shape[0]
     N = P + (position.shape[0] if keep is None else keep.shape[1])
@@ -225,7 +226,7 @@ def embed_tokens(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        max_registers=min(255, 2048 // tile.warps),
+        max_registers=tile.registers,
     )
     return x, x_low, stats
 
@@ -233,6 +234,7 @@ def embed_tokens(
 def embed_tokens_dx(
     dx_low: Tensor, weight: Tensor, prefix_tokens: int, scale: Tensor | None, precision: str = "ieee"
 ) -> Tensor:
+    """As `smi_kernels.patch_embed.reference.embed_tokens_dx`."""
     B, N, D = dx_low.shape
     K, pixels = N - prefix_tokens, weight.shape[1]
     wide = torch.promote_types(dx_low.dtype, torch.float32)
@@ -263,6 +265,7 @@ def patches_to_pixels(
     patch_height: int,
     patch_width: int,
 ) -> Tensor:
+    """As `smi_kernels.patch_embed.reference.patches_to_pixels`."""
     B, K, pixels = d_patches.shape
     C = pixels // (patch_height * patch_width)
     d_images = torch.empty(B, C, height, width, dtype=d_patches.dtype, device=d_patches.device)

@@ -206,6 +206,7 @@ def merge_tokens_dx_kernel(
 
 
 def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewer: int) -> Tensor:
+    """As `smi_kernels.token_merge.reference.match_tokens`."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     B, N, H, D = key.shape
     target = torch.empty(B, N, dtype=torch.int64, device=key.device)
@@ -251,6 +252,7 @@ def match_tokens(key: Tensor, norm: Tensor | None, eps: float, prefix: int, fewe
 def merge_tokens(
     x: Tensor, size: Tensor | None, target: Tensor, left: int, low: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `smi_kernels.token_merge.reference.merge_tokens`."""
     x, target = x.contiguous(), target.contiguous()
     (B, N), D = target.shape, x.shape[1]
     out = torch.empty(B * left, D, dtype=x.dtype, device=x.device)
@@ -282,6 +284,7 @@ def merge_tokens(
 def merge_tokens_dx(
     dx: Tensor, size: Tensor | None, target: Tensor, total: Tensor, low: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.token_merge.reference.merge_tokens_dx`."""
     dx, target = dx.contiguous(), target.contiguous()
     (B, N), D = target.shape, dx.shape[1]
     out = torch.empty(B * N, D, dtype=dx.dtype, device=dx.device)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels import tuning
 from smi_kernels.class_row import class_row, class_row_args
 from smi_kernels.launch import launch
 from smi_kernels.tiles import among_highest, compute_type, wait_for_previous
@@ -91,6 +92,7 @@ def rank_tokens_kernel(
 
 
 def select_tokens(scores: Tensor, keep: Tensor, count: int) -> Tensor:
+    """As `smi_kernels.select_tokens`."""
     B, K = keep.shape
     out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
     BLOCK_K = max(16, triton.next_power_of_2(K))
@@ -121,12 +123,17 @@ def rank_tokens(
     count: int,
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
+    """As `smi_kernels.token_select.reference.rank_tokens`."""
     B, K = keep.shape
     out = torch.empty(B, count, dtype=keep.dtype, device=keep.device)
     scores = torch.empty(B, K, dtype=torch.promote_types(query.dtype, torch.float32), device=keep.device)
-    shared, warps = class_row_args(query, key, scale, qk_norm, eps)
+    shared, warps = class_row_args(query, key, scale)
     args = {
         **shared,
+        "norm_ptr": None if qk_norm is None else qk_norm.contiguous(),
+        "EPS": eps,
+        "HAS_NORM": qk_norm is not None,
+        "WHOLE_D": triton.next_power_of_2(query.shape[2]),
         "keep_ptr": keep,
         "out_ptr": out,
         "scores_ptr": scores,
@@ -135,5 +142,5 @@ def rank_tokens(
         "keep_stride_b": keep.stride(0),
         "keep_stride_k": keep.stride(1),
     }
-    launch(rank_tokens_kernel, (B,), args, num_warps=warps, max_registers=min(255, 2048 // warps))
+    launch(rank_tokens_kernel, (B,), args, num_warps=warps, max_registers=tuning.registers(warps))
     return out, scores

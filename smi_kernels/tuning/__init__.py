@@ -46,8 +46,13 @@ class Tile(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Most of them that a thread can have: of 65,536 of a multiprocessor, in eights."""
-        return min(255, 2048 // (self.warps * self.programs) // 8 * 8)
+        """Most of them that a thread can have."""
+        return registers(self.warps * self.programs)
+
+
+def registers(warps: int) -> int:
+    """Most of them that a thread can have where `warps` share the 65,536 of a multiprocessor, in eights."""
+    return min(255, 2048 // warps // 8 * 8)
 
 
 VENDOR = Tile(64, 64, 64, 4, 1, "vendor")
