@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smi_kernels.attention.rows import load_rows, normed, pairs, sized, store_gradient, store_rows
+from smi_kernels.attention.rows import load_rows, normed, pairs, sized, softmax_step, store_gradient, store_rows
 from smi_kernels.launch import launch
 from smi_kernels.tiles import compute_type, wait_for_previous
 
@@ -35,6 +35,30 @@ def _combined(weights, rows):
 def _spread(weights, queries):
     """(rows, D) sums over queries of (R, rows) weights times (R, D)."""
     return tl.sum(weights[:, :, None] * queries[:, None, :], axis=0)
+
+
+@triton.jit
+def _keys_and_scores(
+    q,  # (R, BLOCK_D)
+    k_ptr,
+    qk_norm_ptr,
+    size_ptr,
+    keys,
+    EPS,
+    N,
+    stride_n,
+    HAS_NORM: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """(keys, BLOCK_D) of keys behind their norm, and (R, keys) of scores; none beyond the last token gets a share."""
+    k = load_rows(k_ptr, keys, N, stride_n, D, BLOCK_D, AGAIN)
+    k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
+    s = sized(_products(q, k), size_ptr, keys, N, HAS_SIZE)
+    return k, tl.where((keys < N)[None, :], s, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -73,16 +97,12 @@ def class_attention_kernel(
     out = tl.zeros((R, BLOCK_D), COMPUTE)
     for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(k_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
-        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, axis=1))
-        p = tl.exp(s - higher[:, None])
-        shrink = tl.exp(highest - higher)
-        total = total * shrink + tl.sum(p, axis=1)
+        _, s = _keys_and_scores(
+            q, k_ptr, qk_norm_ptr, size_ptr, keys, EPS, N, 2 * part, HAS_NORM, HAS_SIZE, COMPUTE, D, BLOCK_D, False
+        )
+        p, shrink, highest, total = softmax_step(s, highest, total)
         out = out * shrink[:, None] + _combined(p, v)
-        highest = higher
     out *= (1.0 / total)[:, None]
     store_rows(out_ptr, out.to(out_ptr.dtype.element_ty), queries, R, part, D, BLOCK_D)
 
@@ -136,16 +156,12 @@ def class_attention_dx_kernel(
     delta = tl.zeros((R,), COMPUTE)
     for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D, AGAIN=True)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D, AGAIN=True).to(COMPUTE)
-        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, axis=1))
-        p = tl.exp(s - higher[:, None])
-        shrink = tl.exp(highest - higher)
-        total = total * shrink + tl.sum(p, axis=1)
+        _, s = _keys_and_scores(
+            q, kv_ptr, qk_norm_ptr, size_ptr, keys, EPS, N, 2 * part, HAS_NORM, HAS_SIZE, COMPUTE, D, BLOCK_D, True
+        )
+        p, shrink, highest, total = softmax_step(s, highest, total)
         delta = delta * shrink + tl.sum(p * _products(d_out, v), axis=1)
-        highest = higher
     share = 1.0 / total
     delta *= share
 
@@ -153,10 +169,10 @@ def class_attention_dx_kernel(
     first_sums = tl.zeros((BLOCK_N, 2), COMPUTE)
     for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(kv_ptr, keys, N, 2 * part, D, BLOCK_D)
         v = load_rows(kv_ptr + part, keys, N, 2 * part, D, BLOCK_D).to(COMPUTE)
-        k = normed(k, qk_norm_ptr, keys, N, EPS, 1, HAS_NORM, COMPUTE, D, BLOCK_D).to(COMPUTE)
-        s = tl.where((keys < N)[None, :], sized(_products(q, k), size_ptr, keys, N, HAS_SIZE), float("-inf"))
+        k, s = _keys_and_scores(
+            q, kv_ptr, qk_norm_ptr, size_ptr, keys, EPS, N, 2 * part, HAS_NORM, HAS_SIZE, COMPUTE, D, BLOCK_D, False
+        )
         p = tl.exp(s - highest[:, None]) * share[:, None]
         ds = p * (_products(d_out, v) - delta[:, None])
         dq += _combined(ds, k)

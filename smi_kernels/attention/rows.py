@@ -48,6 +48,18 @@ def sized(scores, size_ptr, keys, N, HAS_SIZE: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(scores, highest, total):
+    """What (queries, keys) more scores make of a softmax so far, of which `highest` and `total` are known.
+
+    Returns their exponentials, what all sums so far have to be multiplied by, and the new `highest` and `total`.
+    """
+    higher = tl.maximum(highest, tl.max(scores, axis=1))
+    p = tl.exp(scores - higher[:, None])
+    shrink = tl.exp(highest - higher)
+    return p, shrink, higher, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
 def pairs(ptr, rows, stride_n):
     """Pointers (rows, 2) to the sums of each row."""
     return ptr + rows[:, None] * stride_n + tl.arange(0, 2)[None, :]
