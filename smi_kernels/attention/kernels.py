@@ -24,6 +24,7 @@ from smi_kernels.attention.rows import (
     normed,
     pairs,
     sized,
+    softmax_step,
     store_gradient,
     store_rows,
 )
@@ -191,6 +192,9 @@ def attention_long_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    # Nine products of all tokens with all where five would do: the forward saves nothing, and sums over queries and
+    # over keys want loops of their own. Launched one after the other these would fill more of a GPU when there are few
+    # images, but each block of the network would have a kernel more.
     wait_for_previous()
     pid = tl.program_id(0)
     head = pid % H
@@ -257,13 +261,9 @@ def _queries_dx(
             kt = load_keys(k_ptr, qk_norm_ptr, keys, N, stride_n, EPS, HAS_NORM, COMPUTE, D, BLOCK_D)
             vt = load_transposed(v_ptr, keys, N, stride_n, D, BLOCK_D)
             s = _scores(q, kt, size_ptr, keys, N, HAS_SIZE, PRECISION, COMPUTE)
-            higher = tl.maximum(highest, tl.max(s, axis=1))
-            p = tl.exp(s - higher[:, None])
-            shrink = tl.exp(highest - higher)
-            total = total * shrink + tl.sum(p, axis=1)
+            p, shrink, highest, total = softmax_step(s, highest, total)
             dp = dot(d_out, vt, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
             delta = delta * shrink + tl.sum(p * dp, axis=1)
-            highest = higher
         share = 1.0 / total
         delta *= share
         dq = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
