@@ -47,17 +47,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_moments(stats_ptr, rows, stride_m, M, D, EPS, COMPUTE: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and 1 / standard deviation of each row of `rows`, out of its ceil(D / STAT_CHUNK) <= CHUNKS pairs.
-
-    `stride_m` from one row's pairs to the next's is even.
-    """
+    """Mean and 1 / standard deviation of each row of `rows`, out of its ceil(D / STAT_CHUNK) <= CHUNKS pairs."""
     chunk = tl.arange(0, CHUNKS)
     count = tl.minimum(tl.maximum(D - chunk * STAT_CHUNK, 0), STAT_CHUNK).to(COMPUTE)
     number = tl.arange(0, 2 * CHUNKS)
     inside = (rows < M)[:, None] & (number // 2 * STAT_CHUNK < D)[None, :]
-    # An even stride that the compiler can see is one, so that both numbers of a pair come with one instruction.
-    first = rows.to(tl.int64)[:, None] * (stride_m // 2 * 2)
-    pairs = tl.load(stats_ptr + first + number[None, :], mask=inside, other=0.0)
+    pairs = tl.load(stats_ptr + rows.to(tl.int64)[:, None] * stride_m + number[None, :], mask=inside, other=0.0)
     means, squares = tl.split(tl.reshape(pairs, (rows.shape[0], CHUNKS, 2)))
     mean = tl.sum(means * count[None, :], axis=1) / D
     apart = means - mean[:, None]

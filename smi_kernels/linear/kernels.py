@@ -33,10 +33,10 @@ _NARROW = tl.constexpr(32)
 _NARROWER = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["M", "stats_stride_m"])
+@triton.jit(do_not_specialize=["M", "stats_every"])
 def norm_linear_kernel(
     x_ptr,  # (M, D)
-    stats_ptr,  # (M, chunks, 2)
+    stats_ptr,  # (M * stats_every, chunks, 2), of which the first of so many belong to the rows of x
     weight_ptr,  # (OUT, D)
     colsum_ptr,  # (OUT,)
     bias_ptr,  # (OUT,)
@@ -47,6 +47,7 @@ def norm_linear_kernel(
     M,
     OUT,
     D,
+    stats_every,
     x_stride_m,
     stats_stride_m,
     GELU: tl.constexpr,
@@ -67,7 +68,7 @@ def norm_linear_kernel(
         x_ptr, weight_ptr, rows, columns, first_row, first_column, M, OUT, D, x_stride_m, True,
         BY, EVEN_K, PRECISION, COMPUTE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    mean, rstd = row_moments(stats_ptr, rows, stats_stride_m, M, D, EPS, COMPUTE, CHUNKS)
+    mean, rstd = row_moments(stats_ptr, rows, stats_every * stats_stride_m, M, D, EPS, COMPUTE, CHUNKS)
     if first_column == 0:
         tl.store(moments_ptr + rows * 2, mean, mask=rows < M)
         tl.store(moments_ptr + rows * 2 + 1, rstd, mask=rows < M)
@@ -346,8 +347,12 @@ def _launch_norm_linear(
     kind: str = "erf",
 ) -> Tensor:
     """Fills `u` and `activation`; returns the moments."""
-    x, stats = _rows(x), stats if stats[0:1].is_contiguous() and stats.stride(0) % 2 == 0 else stats.contiguous()
+    x = _rows(x)
     M, D = x.shape
+    # Those of an image's first token lie as many rows apart as it has tokens, which is nothing to compile for.
+    stats_stride_m = 2 * chunks(D)
+    if not stats[0:1].is_contiguous() or stats.stride(0) % stats_stride_m:
+        stats = stats.contiguous()
     OUT = weight.shape[0]
     moments = torch.empty(M, 2, dtype=stats.dtype, device=x.device)
     tile = tuning.tile("norm_linear", x.dtype, M, OUT, D, precision, x.device)
@@ -364,8 +369,9 @@ def _launch_norm_linear(
         "M": M,
         "OUT": OUT,
         "D": D,
+        "stats_every": stats.stride(0) // stats_stride_m,
         "x_stride_m": x.stride(0),
-        "stats_stride_m": stats.stride(0),
+        "stats_stride_m": stats_stride_m,
         "GELU": "" if activation is None else kind,
         "CHUNKS": triton.next_power_of_2(chunks(D)),
     }
