@@ -209,6 +209,27 @@ def test_images_that_somebody_wrote_to_are_measured_anew(in_graphs: bool, with_g
             torch.testing.assert_close(one.priors[t], expected, rtol=0, atol=1e-9)
 
 
+def test_a_state_holds_the_sums_of_images_that_somebody_wrote_to() -> None:
+    one, other = descent(None), descent(None)
+    with use_backend("reference"):
+        one.advance(2)
+        one.images.mul_(0.5)
+        other.load_state_dict(one.state_dict())
+        for each in (one, other):
+            each.advance(1)
+    assert torch.equal(one.images, other.images) and torch.equal(one.priors[2], other.priors[2])
+
+
+def test_a_state_of_all_patches_undoes_a_pruning() -> None:
+    one, other = descent(None), descent(None)
+    with use_backend("reference"):
+        other.prune(KEEP)
+        other.load_state_dict(one.state_dict())
+        for each in (one, other):
+            each.advance(2)
+    assert torch.equal(one.images, other.images) and other.keep is None
+
+
 # --- graphs ---
 
 
