@@ -455,6 +455,7 @@ def _check(
     for name, bound in (("low", low), ("high", high)):
         if bound.shape != (C,):
             raise ValueError(f"{name} has shape {tuple(bound.shape)}; expected ({C},).")
-    for name, value in (("targets", targets), ("table", table), ("low", low), ("high", high)):
-        if value.device != images.device:
+    placed = {"targets": targets, "table": table, "low": low, "high": high, "lr_factors": lr_factors}
+    for name, value in placed.items():
+        if value is not None and value.device != images.device:
             raise ValueError(f"{name} is on {value.device}, the images are on {images.device}; move it there.")

@@ -191,6 +191,11 @@ def test_sizes_below_one_are_refused(option: str) -> None:
         descent(None, **{option: 0})
 
 
+def test_factors_of_the_learning_rate_are_where_the_images_are() -> None:
+    with pytest.raises(ValueError, match="lr_factors is on meta, the images are on"):
+        descent(None, lr_factors=torch.ones(len(table()), dtype=torch.float64, device="meta"))
+
+
 @pytest.mark.parametrize("in_graphs", [False, True])
 def test_images_that_somebody_wrote_to_are_measured_anew(in_graphs: bool, with_graphs: Callable[..., Any]) -> None:
     one = descent(None, group=1)
