@@ -1,7 +1,8 @@
 """The inversion loop: Hu et al., "Sparse Model Inversion", ICML 2024, algorithm 1.
 
 Each iteration: prune if it is time, augment, feed the surviving patches, take the gradient of the loss with respect to
-the pixels, step Adam, clamp. The loop itself never waits for the device: losses stay there until somebody asks.
+the pixels, step Adam, clamp. The host stays a little ahead, so that the device never waits: losses remain there until
+somebody asks.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class Inversion:
         self._phases: list[Phase] = []
         self._phase_start = (0, 0.0)
         self._seconds = 0.0
+        self._launched = torch.cuda.Event(blocking=True) if self.images.is_cuda else None
         self._best: tuple[Tensor, Tensor] | None = None
         self._converged = False
 
@@ -145,7 +147,8 @@ class Inversion:
     @property
     def between(self) -> bool:
         """Whether no iteration is half done, as it may be where an exception came in the middle of one."""
-        return not self._torn and (self._descent is None or self._descent.between)
+        descent = self._descent
+        return not self._torn and (descent is None or (descent.between and descent.iteration == self.iteration))
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` goes on from: tensors, which go on changing, and what JSON can hold.
@@ -186,11 +189,7 @@ class Inversion:
         if self.keep.shape[1] != self.schedule.get(t, self.keep.shape[1]):  # else pruned by a step that was cut short
             self._torn = True
             self._prune(t)
-        ends = t + iterations  # what follows the last of them belongs to it
-        self._torn = bool(
-            (self.config.tolerance and ends % self.config.patience == 0)
-            or (self.config.best and (ends % self.config.best_every == 0 or ends == self.config.iterations))
-        )
+            self._torn = False
         began = time.perf_counter()  # after the records of the last phase, which take their own time
         if self._descent is None:
             with smi_kernels.use_backend(self.model.operations):
@@ -203,6 +202,7 @@ class Inversion:
                 try:
                     self._descent.advance(iterations)
                 finally:  # a loss may fail halfway
+                    self._torn = self._descent.iteration == t + iterations  # to which belongs what follows here
                     self.iteration = self._descent.iteration
         past_prunings = self.iteration > max(self.schedule, default=0)
         if self.config.tolerance and past_prunings and self.iteration % self.config.patience == 0:
@@ -258,6 +258,10 @@ class Inversion:
         """All remaining iterations; `progress` is called with this object after each, in CUDA graphs more seldom."""
         while not self.done:
             self._advance(self._stride())
+            if self._launched is not None:
+                # The host stays one stride ahead: else it launches all within moments, and then waits deaf to signals.
+                self._launched.synchronize()
+                self._launched.record(torch.cuda.current_stream(self.model.device))
             if progress is not None:
                 progress(self)
         return self.result()

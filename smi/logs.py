@@ -144,7 +144,7 @@ class Log:
         """`iteration` for `smi.invert`: its calls count as batches 0, 1, 2, ..."""
         if self._wanted and (self._loop is None or self._loop() is not loop):
             self._loop, self._left = weakref.ref(loop), TimeLeft.of(loop)
-            self._batch, self._logged, self._read = self._batch + 1, 0, -math.inf
+            self._batch, self._logged, self._read = self._batch + 1, loop.resumed_at, -math.inf
         self.iteration(self._batch, loop)
 
     def close(self) -> None:

@@ -104,8 +104,9 @@ class PoolWriter:
                 self._clean(overwrite)
             if overwrite or not exists:
                 atomic_write(self.path / "manifest.json", json.dumps(self._manifest(device), indent=1).encode())
-            for folder in ("shards", "png"):  # UNFINISHED comes and goes
-                os.makedirs(self.path / folder, exist_ok=True)
+            for folder in ("shards", "png", UNFINISHED):
+                if folder != UNFINISHED:  # which comes and goes
+                    os.makedirs(self.path / folder, exist_ok=True)
                 if os.path.islink(self.path / folder):
                     raise SmiError(
                         f"{str(self.path / folder)!r} is a link, which may lead out of the pool; move the pool to "

@@ -68,7 +68,7 @@ def restore(loop: Inversion, state: State) -> None:
         fits = isinstance(value, Tensor) and value.dtype == dtype and value.ndim == len(size)
         if not fits or any(want not in (None, have) for want, have in zip(size, value.shape, strict=True)):
             raise ValueError(f"its {name} is not a {dtype} tensor of shape {size}")
-        return value.to(loop.images.device, copy=True)  # the other loop may go on with its own
+        return value.to(loop.images.device)
 
     keep = _kept(loop, tensor("keep", shape[0], None, dtype=torch.int64), t)
     histories = {name: tensor(f"history.{name}", t, dtype=old.dtype) for name, old in loop._history.items()}
@@ -88,7 +88,10 @@ def restore(loop: Inversion, state: State) -> None:
     scores = tensor("scores", *keep.shape, dtype=state["scores"].dtype) if "scores" in state else None
     best = (tensor("best.images", *shape), tensor("best.values", shape[0])) if "best.images" in state else None
     if loop._descent is None:
-        loop.images, loop._exp_avg, loop._exp_avg_sq = pixels.values()
+        if "pixels.sums" in state:  # with it the curves of the built-in terms, which are not in the histories
+            raise ValueError("it is of fused kernels, on which this inversion does not run")
+        for place, value in zip((loop.images, loop._exp_avg, loop._exp_avg_sq), pixels.values(), strict=True):
+            place.copy_(value)  # the state may be another loop's very tensors
         if loop.config.stopped == "frozen" and loop._fed(keep) is not None:
             live = torch.zeros_like(dropped_at, dtype=torch.bool).scatter(1, keep, True)
             loop._live_pixels = smi_kernels.patch_mask(live, loop.model.info.grid, loop.model.info.patch_size)

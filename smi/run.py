@@ -91,8 +91,8 @@ def run(
         join: share the batches with other runs on the same folder that join too; they may come and go. What a dead one
             had in hand is taken over, and the call returns when nothing is left to do, by anyone.
         shard: (i, n) makes the batches i, i + n, i + 2 n, ... alone.
-        time_budget: seconds, after which the batch in hand is put aside; an iteration is done in any case. None: no
-            limit.
+        time_budget: seconds, after which the batch in hand is put aside, or finished if it is made in halves for want
+            of memory; an iteration is done in any case. None: no limit.
         save_every: seconds between two savings of the batch in hand, which is about four times as large as its images;
             batches that take less are never saved before they are done.
         objectives: further terms of the loss, as for `Inversion`. The pool remembers what they are
@@ -140,7 +140,7 @@ def run(
             on_open(missing)
         done: list[int] = []
         deadline = math.inf if time_budget is None else started + time_budget
-        for batch in _to_do(writer, workers, mine, join):
+        for batch in _to_do(writer, workers, mine, join, deadline):
             batch_started = time.monotonic()
             if done and batch_started >= deadline:
                 break
@@ -199,7 +199,7 @@ class _Aside:
             return
         try:
             loop.load_state_dict(state)
-        except SmiError as error:  # of another backend, or of other random numbers after an upgrade
+        except SmiError as error:  # of another backend or version
             warnings.warn(f"batch {self._batch} is begun anew: {error}", stacklevel=2)
 
     def iteration(self, loop: Inversion) -> None:
@@ -222,7 +222,7 @@ class _Aside:
             warnings.warn(f"batch {self._batch} is not put aside, and would be begun anew: {error}", stacklevel=2)
 
 
-def _to_do(writer: PoolWriter, workers: Workers, batches: range, join: bool) -> Iterator[int]:
+def _to_do(writer: PoolWriter, workers: Workers, batches: range, join: bool, deadline: float) -> Iterator[int]:
     """Batches to make, each claimed for this run; where runs join it waits for others' should their owners die."""
     if not join:
         present = set(writer.present)
@@ -235,7 +235,10 @@ def _to_do(writer: PoolWriter, workers: Workers, batches: range, join: bool) -> 
             return
         batch = workers.pick(missing, writer.has)
         if batch is None:
-            time.sleep(workers.wait())
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(workers.wait(), left))
         else:
             yield batch
 
@@ -316,6 +319,8 @@ def _watched(loop: Inversion, report: Callable[[Inversion], None] | None, aside:
     if aside is None:
         return loop.run(report)
     aside.begin(loop)
+    if loop.done and report is not None:  # it was interrupted after its last iteration
+        report(loop)
 
     def told(loop: Inversion) -> None:
         if report is not None:

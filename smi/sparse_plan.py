@@ -99,16 +99,22 @@ class SparsePlan:
     @property
     def offsets(self) -> Tensor:
         """(B or 1, 3) int64, how this iteration rolls and flips: rows of (dy, dx, flip)."""
+        self._check_left()
         return self._offsets[self.iteration]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the surviving patches of `images`, rolled and flipped as this iteration is.
 
         Args:
-            images: those of the plan, or what you make of them, differentiable. Of several calls in the iteration
-                before a pruning the last one ranks.
+            images: those of the plan, or what you make of them in their shape, differentiable. Of several calls in the
+                iteration before a pruning the last one ranks.
         """
         self._check_left()
+        if images.shape != self._images.shape:
+            raise SmiError(
+                f"the plan was called with {tuple(images.shape)}; expected {tuple(self._images.shape)}, a row for each "
+                f"of its images. Feed what else you have to the model itself."
+            )
         wants = self._strategy.wants_scores(self.iteration) and self.config.ranking != "random"
         fed = self.keep if self.keep.shape[1] < self.model.info.num_patches else None
         offsets = None if self.iteration in self._strategy.still else self.offsets

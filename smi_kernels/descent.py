@@ -172,8 +172,8 @@ class PixelDescent:
         if weights is not self.vit.weights or merge_to != self.vit.merge_to:  # a graph knows addresses and shapes
             self._forget()
             self._captured = self.vit.weights, self.vit.merge_to
-        if iterations and _version(self.images) != self._version:  # somebody else wrote to them
-            self._store(self.images, torch.ops.smi.prior_sums(self.images))
+        if iterations:
+            self._renew()
         while iterations:
             done = 1
             if self.in_graphs and self._ran:
@@ -212,6 +212,7 @@ class PixelDescent:
         self._slots = slot_table(self.keep, self.vit.weights.position.shape[0])
         self._forget()
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
         """What the iterations to come depend on, and the history of those done: the very tensors, which go on changing.
 
@@ -219,6 +220,7 @@ class PixelDescent:
         (t, B) and ``priors`` (t, groups, 3) of t iterations, and after a pruning ``keep`` (B, K) int64. To be asked for
         only while `between`.
         """
+        self._renew()
         t = self.iteration
         state = {"images": self.images, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "sums": self._sums}
         state |= {"cross_entropies": self.cross_entropies[:t], "priors": self.priors[:t]}
@@ -242,12 +244,20 @@ class PixelDescent:
                     f"{place.dtype}, as in a descent of the same arguments."
                 )
         if "keep" in state:
-            self.prune(state["keep"])
+            self.prune(state["keep"].to(self.images.device))
+        else:
+            self.keep = self._slots = None
+            self._forget()
         for name, place in places.items():
             place.copy_(state[name])
         self._step.fill_(t)
         self.iteration = t
         self._version = _version(self.images)
+
+    def _renew(self) -> None:
+        """The sums of images that somebody else wrote to."""
+        if _version(self.images) != self._version:
+            self._store(self.images, torch.ops.smi.prior_sums(self.images))
 
     def _forget(self) -> None:
         """Graphs of other shapes or addresses; the first iteration after this compiles what the next ones capture."""
@@ -445,6 +455,7 @@ def _check(
     for name, bound in (("low", low), ("high", high)):
         if bound.shape != (C,):
             raise ValueError(f"{name} has shape {tuple(bound.shape)}; expected ({C},).")
-    for name, value in (("targets", targets), ("table", table), ("low", low), ("high", high)):
-        if value.device != images.device:
+    placed = {"targets": targets, "table": table, "low": low, "high": high, "lr_factors": lr_factors}
+    for name, value in placed.items():
+        if value is not None and value.device != images.device:
             raise ValueError(f"{name} is on {value.device}, the images are on {images.device}; move it there.")

@@ -191,6 +191,11 @@ def test_sizes_below_one_are_refused(option: str) -> None:
         descent(None, **{option: 0})
 
 
+def test_factors_of_the_learning_rate_are_where_the_images_are() -> None:
+    with pytest.raises(ValueError, match="lr_factors is on meta, the images are on"):
+        descent(None, lr_factors=torch.ones(len(table()), dtype=torch.float64, device="meta"))
+
+
 @pytest.mark.parametrize("in_graphs", [False, True])
 def test_images_that_somebody_wrote_to_are_measured_anew(in_graphs: bool, with_graphs: Callable[..., Any]) -> None:
     one = descent(None, group=1)
@@ -207,6 +212,27 @@ def test_images_that_somebody_wrote_to_are_measured_anew(in_graphs: bool, with_g
             norms = (smi_kernels.tv_l1, smi_kernels.tv_l2, smi_kernels.l2_norm)
             expected = torch.stack([norm(now, per_image=True) for norm in norms], dim=1)
             torch.testing.assert_close(one.priors[t], expected, rtol=0, atol=1e-9)
+
+
+def test_a_state_holds_the_sums_of_images_that_somebody_wrote_to() -> None:
+    one, other = descent(None), descent(None)
+    with use_backend("reference"):
+        one.advance(2)
+        one.images.mul_(0.5)
+        other.load_state_dict(one.state_dict())
+        for each in (one, other):
+            each.advance(1)
+    assert torch.equal(one.images, other.images) and torch.equal(one.priors[2], other.priors[2])
+
+
+def test_a_state_of_all_patches_undoes_a_pruning() -> None:
+    one, other = descent(None), descent(None)
+    with use_backend("reference"):
+        other.prune(KEEP)
+        other.load_state_dict(one.state_dict())
+        for each in (one, other):
+            each.advance(2)
+    assert torch.equal(one.images, other.images) and other.keep is None
 
 
 # --- graphs ---

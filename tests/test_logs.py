@@ -120,6 +120,16 @@ def test_each_inversion_is_a_batch_of_its_own(model: smi.SparseModel, tmp_path: 
     assert len(loops) >= 3 and not any(loop() for loop in loops), "a log holds no batch that is done"
 
 
+def test_an_inversion_that_goes_on_tells_of_what_it_does(model: smi.SparseModel, tmp_path: Path) -> None:
+    first, second = (smi.Inversion(model, [0], CONFIG) for _ in range(2))
+    first.step()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    with Log(tmp_path / "log", every=1) as log:
+        second.run(log)
+    assert [event["iteration"] for event in read_log(tmp_path / "log")] == list(range(3, T + 1))
+
+
 # --- files ---
 
 

@@ -20,6 +20,7 @@ from smi.objectives import Context, Objective
 from smi.pool import Pool
 from smi.run import run
 from smi.state import WorkPlan
+from smi.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,16 @@ def test_from_every_iteration_on_the_result_is_the_same(network: torch.nn.Module
         again.load_state_dict(state)
         assert (again.iteration, again.resumed_at) == (t, t)
         assert_same(again.run(), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_state_is_copied_from_the_loop_that_it_is_of(network: torch.nn.Module, backend: str) -> None:
+    first, second = (Inversion(model_for(network, BASE, backend), [0, 1], BASE) for _ in range(2))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    before, expected = first.images.clone(), second.run()
+    assert torch.equal(first.images, before)
+    assert_same(first.run(), expected)
 
 
 class At:
@@ -137,6 +148,50 @@ def test_an_interrupt_in_any_line_loses_an_iteration_at_most(
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("watched", [{"best": True, "best_every": 4}, {"tolerance": 0.9, "patience": 4}])
+def test_an_iteration_that_was_not_begun_is_not_half_done(
+    network: torch.nn.Module, watched: dict[str, Any], backend: str
+) -> None:
+    """Nor where something follows it that belongs to it."""
+
+    def strikes(context: Context) -> torch.Tensor:
+        if context.step == 7:
+            raise KeyboardInterrupt
+        return bright(context)
+
+    config = BASE.replace(**watched)
+    model = model_for(network, config, backend)
+    loop = Inversion(model, [0, 1], config, objectives=[Objective(strikes, 0.1, "bright")])
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    own = [Objective(bright, 0.1)]
+    again = Inversion(model, [0, 1], config, objectives=own)
+    again.load_state_dict(loop.state_dict())
+    assert again.resumed_at == 7
+    assert_same(again.run(), Inversion(model, [0, 1], config, objectives=own).run())
+
+
+def test_the_host_is_one_stride_ahead_of_the_device(network: torch.nn.Module) -> None:
+    """Or clocks and signals would be looked at when all is launched, and the device far behind."""
+    loop, done = Inversion(model_for(network, BASE, "cpu"), [0, 1], BASE), list[Any]()
+
+    class Event:
+        recorded = None
+
+        def record(self, stream: object) -> None:
+            self.recorded = loop.iteration
+
+        def synchronize(self) -> None:
+            done.append((loop.iteration, self.recorded))
+
+    loop._launched = Event()  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.current_stream", lambda device: device)
+        loop.run()
+    assert done == [(1, None), *((t, t - 1) for t in range(2, T + 1))]
+
+
 def test_a_kill_loses_what_was_done_since_the_last_saving(network: torch.nn.Module, tmp_path: Path) -> None:
     class Killed(BaseException):
         """Nobody catches it, as nobody is told of a kill."""
@@ -155,6 +210,34 @@ def test_a_kill_loses_what_was_done_since_the_last_saving(network: torch.nn.Modu
     run(model, plan, BASE, tmp_path / "pool", on_iteration=lambda _, loop: seen.append(loop.iteration))
     assert seen == [9, 10, 11, 12]
     assert_same_pool(tmp_path / "pool", tmp_path / "whole")
+
+
+def test_what_was_interrupted_after_its_last_iteration_is_told_of_once(
+    network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nobody takes the moment that is left of it for the time of a whole batch."""
+    model, plan, seen = model_for(network, BASE, "cpu"), WorkPlan((0, 1, 2), 2), list[tuple[int, int, int]]()
+
+    def stop(loop: Inversion) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inversion, "result", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, plan, BASE, tmp_path)
+    run(model, plan, BASE, tmp_path, on_iteration=lambda n, loop: seen.append((n, loop.iteration, loop.resumed_at)))
+    assert seen == [(0, T, T), *((1, t, 0) for t in range(1, T + 1))]
+
+
+def test_joined_runs_wait_for_others_no_longer_than_the_time_that_they_have(
+    network: torch.nn.Module, tmp_path: Path
+) -> None:
+    model, plan = model_for(network, BASE, "cpu"), WorkPlan((0, 1, 2), 2)
+    with Workers(tmp_path, together=True) as other:
+        assert other.take(1)
+        done = run(model, plan, BASE, tmp_path, join=True, time_budget=3)
+    assert (done.batches_done, done.batches_left) == (1, 1)
+    assert 3 <= done.seconds < 30
 
 
 @pytest.fixture
@@ -212,6 +295,28 @@ def test_a_damaged_state_is_dropped_and_the_batch_begun_anew(
     assert_same_pool(pool, tmp_path / "whole")
 
 
+def test_a_state_of_fused_kernels_is_for_fused_kernels(
+    begun: tuple[smi.SparseModel, WorkPlan, Path], network: torch.nn.Module
+) -> None:
+    """Elsewhere its curves would be missing."""
+    _, plan, pool = begun
+    with pytest.warns(UserWarning, match="batch 0 is begun anew: .* it is of fused kernels"):
+        run(model_for(network, BASE, "reference"), plan, BASE, pool)
+    assert all(curve.isfinite().all() for curve in Pool(pool).load(0).history.values())
+
+
+def test_a_folder_that_leads_out_of_the_pool_is_refused(
+    begun: tuple[smi.SparseModel, WorkPlan, Path], tmp_path: Path
+) -> None:
+    model, plan, pool = begun
+    (pool / "unfinished").rename(tmp_path / "elsewhere")
+    (pool / "unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(smi.SmiError, match="unfinished' is a link, which may lead out of the pool"):
+        run(model, plan, BASE, pool)
+    assert (tmp_path / "elsewhere" / "00000.safetensors").exists()
+    (pool / "unfinished").unlink()
+
+
 def test_a_link_is_not_followed(begun: tuple[smi.SparseModel, WorkPlan, Path], tmp_path: Path) -> None:
     model, plan, pool = begun
     file = pool / "unfinished" / "00000.safetensors"
@@ -256,18 +361,6 @@ def test_the_seed_of_a_second_try_is_kept(network: torch.nn.Module, tmp_path: Pa
     )
     assert seen[0][0] == 6 and seen[0][1] != BASE.seed
     assert Pool(tmp_path / "pool").load(0).tries == 2
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_two_loops_of_one_state_do_not_share_it(network: torch.nn.Module, backend: str) -> None:
-    model = model_for(network, BASE, backend)
-    first, second, whole = (Inversion(model, TARGETS, BASE) for _ in range(3))
-    for _ in range(5):
-        first.step()
-    second.load_state_dict(first.state_dict())
-    expected = whole.run()
-    assert_same(first.run(), expected)
-    assert_same(second.run(), expected)
 
 
 def test_only_whole_iterations_of_the_same_arguments_are_taken(network: torch.nn.Module) -> None:

@@ -149,9 +149,11 @@ def test_misuse_is_said() -> None:
         smi.SmiError, match="iteration 2 prunes by what the one before ranks, in which the plan was not"
     ):
         plan.step()
+    with pytest.raises(smi.SmiError, match=r"called with \(4, 3, 16, 16\); expected \(2, 3, 16, 16\), a row for each"):
+        plan(torch.cat([images, images]))
     plan(images)
     for _ in range(3):
         plan.step()
-    for call in (plan.step, lambda: plan(images)):
+    for call in (plan.step, lambda: plan(images), lambda: plan.offsets):
         with pytest.raises(smi.SmiError, match="all 4 iterations of the plan are done"):
             call()
