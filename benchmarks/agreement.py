@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import smi
-from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
 from smi.augment import NOISE, normal_images
 from smi.devices import resolve_device
 from smi.embedded import load_judge
+from smi.given import as_inverted
 from smi.report_data import Tally
 
 ROWS: dict[str, dict[str, Any]] = {

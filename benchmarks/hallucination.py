@@ -36,9 +36,9 @@ from torch.nn import functional as F
 
 import smi
 from benchmarks.agreement import ROWS
-from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, write_result
 from smi.files import atomic_write
+from smi.given import as_inverted
 from smi.run import run
 
 SHAPES = ("disc", "ring", "square", "cross", "triangle", "bars")

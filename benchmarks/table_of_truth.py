@@ -27,16 +27,15 @@ from torch.utils.data import TensorDataset
 
 import smi
 from benchmarks.agreement import ROWS as RANKED
-from benchmarks.given import as_inverted
 from benchmarks.timing import RESULTS, environment, interleaved, write_result
-from smi.augment import NOISE, normal_images
 from smi.calibration import from_pool
 from smi.config import preset_or_file
 from smi.devices import resolve_device
 from smi.errors import SmiError
-from smi.evaluation import DATASETS, data_config, data_transform, open_dataset
+from smi.evaluation import data_config, data_transform, open_dataset
 from smi.files import atomic_write
 from smi.flops import count_flops
+from smi.given import RealImages, check_real, given_pool, noise_images
 from smi.run import run
 
 INVERTED: dict[str, dict[str, Any]] = {**RANKED, "rebirth": {"strategy": "rebirth"}}
@@ -103,10 +102,8 @@ class Bench:
             self._enlarge(self.pool("sparse strict", seed), self.config("sparse strict", seed), folder, seed)
         else:
             plan = self.plan(self.images)
-            where = self.model.where
-            writer = smi.PoolWriter(folder, self.model.info, self.config(row, seed), plan, device=where)
-            for batch in writer.missing:
-                writer.write(batch, self._given(row, seed, plan, plan.batch(batch)))
+            made = noise_images(self.model.info, seed) if row == "gaussian noise" else self._real(plan, seed)
+            given_pool(folder, self.model, self.config(row, seed), plan, made)
         return smi.Pool(folder)
 
     def _enlarge(self, pool: smi.Pool, config: smi.Config, folder: Path, seed: int) -> None:
@@ -128,41 +125,26 @@ class Bench:
         )
         return whole / config.images_per_trajectory
 
-    def _given(self, row: str, seed: int, plan: smi.WorkPlan, numbers: range) -> smi.Result:
-        """A batch of real images or of noise, as if it had been inverted; the teacher says the same of it."""
-        info, targets = self.model.info, [plan.targets[i] for i in numbers]
-        if row == "gaussian noise":
-            images = normal_images(seed, NOISE, numbers, info.input_size)
-        else:
-            images = torch.stack([self._real(target, seed, i) for target, i in zip(targets, numbers, strict=True)])
-        return as_inverted(images, torch.tensor(targets), numbers, self.model, self.base.iterations)
+    def _real(self, plan: smi.WorkPlan, seed: int) -> Callable[[range], Tensor]:
+        found = RealImages(self.real, data_transform(data_config(self.network)), self.model.info, tests=self.test)
+        found.check(plan)
+        return found.images(plan.targets, seed)
 
-    def _real(self, target: int, seed: int, number: int) -> Tensor:
-        """A picture of class `target`: another one for every image number and seed."""
-        folder = self.dataset(self.real, data_config(self.network), keep=False)
-        labelled = folder.target_transform or int  # the targets are numbered as folders are, not as classes
-        own = [place for place, label in enumerate(folder.targets) if labelled(label) == target]
-        draw = torch.randperm(len(own), generator=torch.Generator().manual_seed(1_000_003 * seed + target))
-        image: Tensor = folder[own[int(draw[number // self.model.info.num_classes])]][0]
-        return image
-
-    def dataset(self, place: str, data: dict[str, Any], *, keep: bool = True) -> Any:
-        """Labelled images as a network with that data config wants them; the test images once and for all."""
-        key = json.dumps([place, keep, data], sort_keys=True)
+    def dataset(self, data: dict[str, Any]) -> Any:
+        """The test images as a network with that data config wants them, read once and for all."""
+        key = json.dumps(data, sort_keys=True)
         if key not in self._tests:
             info = self.model.info
             found = open_dataset(
-                place, data_transform(data), num_classes=info.num_classes, class_names=info.class_names
+                self.test, data_transform(data), num_classes=info.num_classes, class_names=info.class_names
             )
-            if keep:
-                total = min(self.limit or len(found), len(found))
-                items = [found[i * len(found) // total] for i in range(total)]
-                found = TensorDataset(torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
-            self._tests[key] = found
+            total = min(self.limit or len(found), len(found))
+            items = [found[i * len(found) // total] for i in range(total)]
+            self._tests[key] = TensorDataset(torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
         return self._tests[key]
 
     def top1(self, network: nn.Module, data: dict[str, Any], device: Any = "cpu", batch_size: int = 100) -> float:
-        return smi.evaluate(network, self.dataset(self.test, data), batch_size=batch_size, device=device).top1
+        return smi.evaluate(network, self.dataset(data), batch_size=batch_size, device=device).top1
 
 
 def quantized(bench: Bench, row: str, seed: int, fill: Any, how: dict[str, Any]) -> dict[str, Any]:
@@ -301,8 +283,8 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
-    if args.real and args.real.partition(":")[0] in DATASETS:
-        parser.error(f"--real {args.real} would be the test images of that data set; name a folder of its others")
+    if args.real:
+        check_real(args.real, args.test)
     bench = Bench(args)
     if not args.student and (bench.model.info.input_size, bench.model.info.num_classes) != ((3, 32, 32), 10):
         parser.error("name a --student: the embedded ones know ten classes of 32 x 32 pixels")

@@ -74,6 +74,15 @@ class CompareOptions(ModelOptions):
             "--data", help="Test images with labels, as for smi evaluate, for accuracies.", show_default=False
         ),
     ] = None
+    real: Annotated[
+        str | None,
+        typer.Option(
+            "--real",
+            metavar="FOLDER",
+            help="Real pictures by class, no test images, to stand beside the others.",
+            show_default=False,
+        ),
+    ] = None
     limit: Annotated[int | None, typer.Option("--limit", help="Test images at most.", show_default=False)] = None
     bits: Annotated[str, typer.Option("--bits", help="Of the quantized teacher: W4A4, W8A8, ... or none.")] = "W4A4"
     observer: Annotated[str, typer.Option("--observer", help="mse, minmax or percentile.")] = "mse"
@@ -166,7 +175,8 @@ def compare(options: CompareOptions) -> None:
     """Compare strategies on one teacher: quality against cost, in one picture and a page.
 
     All methods run in turns on the same classes and seeds. At equal cost a cheaper one makes more images; an equal
-    number of images is shown beside it. The same command goes on after an interruption.
+    number of images is shown beside it, with Gaussian noise and real images (--real) as controls. The same command goes
+    on after an interruption.
 
     [bold]Examples[/bold]
 
@@ -188,6 +198,7 @@ def compare(options: CompareOptions) -> None:
             options.make_comparison(model.info),
             judge=options.load_judge(model),
             data=options.data,
+            real=options.real,
             student=options.make_student(model.info),
             lesson=options.make_lesson(),
             progress=told,

@@ -2,10 +2,12 @@
 
 Two measurements, both per sparse image: at equal cost, where a cheaper method makes more images, and at an equal number
 of images. Every method has one pool a seed, and a point of a curve is the first so many images of it, so that a point
-costs nothing but its own evaluation.
+costs nothing but its own evaluation. Beside them stand controls that nobody inverted, as many as the equal number:
+`noise`, and `real` pictures where a folder of them is named.
 
     OUT/settings.json              what the figures depend on; another comparison is refused
     OUT/rates.json                 what one image of every method costs
+    OUT/real.json                  where the real pictures are from, if there are any
     OUT/pools/METHOD-SEED/         images, see `smi.pool`
     OUT/cells/METHOD-SEED-IMAGES-MEASURE.json   one finished figure
     OUT/students/                  see `smi.transfer`
@@ -21,7 +23,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from smi.config import Config
 from smi.errors import SmiError
 from smi.evaluation import data_config, data_transform, evaluate, open_dataset
 from smi.files import atomic_write, check_own, writing
+from smi.given import RealImages, given_pool, noise_images
 from smi.pool import Pool
 from smi.pool_tools import FirstImages
 from smi.predict import predict
@@ -65,6 +68,7 @@ class Comparison:
         how: CompareConfig,
         judge: nn.Module | None,
         data: str | None,
+        real: str | None,
         student: Callable[[], nn.Module] | None,
         lesson: TransferConfig,
         progress: Callable[[int, int, str], None] | None,
@@ -80,6 +84,8 @@ class Comparison:
         self._merging = {model.merge_to: model}
         for name in how.strategies:  # now, because some networks cannot
             self.model_of(name)
+        self._real = self._open_real(real)
+        self.controls = ("noise",) if self._real is None else ("noise", "real")
         self.repeats = {name: self.config_of(name, how.seeds[0]).images_per_trajectory for name in how.strategies}
         settings = self._settings()
         self._check_same(settings)
@@ -87,12 +93,14 @@ class Comparison:
         self.allotments = allot(how, rates, self.repeats)
         self._check_counts()
         self._once(out / "settings.json", lambda: settings)  # not before, or a refused call would claim the folder
+        if real is not None:
+            self._once(out / "real.json", lambda: {"folder": real})
         if how.equal == "seconds":
             self._once(out / "rates.json", lambda: dict(rates or {}))
         self.measures = self._measures()
         batches = sum(self.plan(name).num_batches for name in how.strategies)
-        cells = sum(len(self.allotments[name].looked_at) for name in how.strategies) * len(self.measures)
-        self.steps = len(how.seeds) * (batches + cells)
+        points = sum(len(self.allotments[name].looked_at) for name in how.strategies) + len(self.controls)
+        self.steps = len(how.seeds) * (batches + points * len(self.measures))
 
     def config_of(self, method: str, seed: int) -> Config:
         """As the method's pool is made."""
@@ -122,7 +130,38 @@ class Comparison:
             for method in self.how.strategies:
                 for images in self.allotments[method].looked_at:
                     self._look(method, seed, images)
+            for control in self.controls:
+                self._give(control, seed)
+                self._look(control, seed, self.how.images)
         return self._record()
+
+    def _give(self, control: str, seed: int) -> None:
+        """The pool of a control, for the targets that an equal number of dense images has."""
+        plan = self._given_plan()
+        if control == "real":
+            assert self._real is not None
+            images = self._real.images(plan.targets, seed)
+        else:
+            images = noise_images(self.model.info, seed)
+        given_pool(self._pool(control, seed), self.model, self.config_of("dense", seed), plan, images)
+
+    def _given_plan(self) -> WorkPlan:
+        return WorkPlan.balanced(self.classes, self.how.images, self.config.batch_size, self.model.info.num_classes)
+
+    def _open_real(self, folder: str | None) -> RealImages | None:
+        """Raises `SmiError` where they are no use, or others than those of the comparison that is there."""
+        if folder is None:
+            return None
+        theirs = (_read(self.out / "real.json") or {"folder": folder}).get("folder")
+        if theirs != folder:
+            raise SmiError(
+                f"{str(self.out)!r} holds a comparison with the real images {theirs!r}, this one has {folder!r}; "
+                f"choose another folder."
+            )
+        transform = data_transform(data_config(self.model.original))
+        found = RealImages(folder, transform, self.model.info, tests=self.data)
+        found.check(self._given_plan())
+        return found
 
     def _in_turns(self) -> Iterator[tuple[str, int]]:
         """Batches of all methods, each method's spread evenly over the whole time, so that none has the best hour."""
@@ -149,11 +188,12 @@ class Comparison:
         return found
 
     def _images(self, pool: Pool, method: str, seed: int) -> dict[str, Any]:
-        """What the images cost, whether teacher and judge see the class in them, and how often patches moved."""
+        """What the images cost, whether teacher and judge see the class in them, and how often patches moved if any."""
         tally = collect(pool, pool.info, pool.config, judge=self.judge, max_images=0)
         found = tally.summary()
         wanted = ("images", "flops", "seconds", "tokens", "teacher_agreement", "judge_agreement")
-        return {**{name: found[name] for name in wanted}, "updates": count_updates(pool)}
+        moved = None if method in self.controls else count_updates(pool)
+        return {**{name: found[name] for name in wanted}, "updates": moved}
 
     def _quantized(self, pool: Pool, method: str, seed: int) -> dict[str, Any]:
         """Top-1 of the teacher in few bits, its ranges taken from these images."""
@@ -312,6 +352,7 @@ class Comparison:
             "device": self.model.where,
             "teacher_top1": reference,
             "methods": {name: self._method(name) for name in self.how.strategies},
+            "controls": {name: {"cells": self._cells(name, (self.how.images,))} for name in self.controls},
         }
 
     def _method(self, name: str) -> dict[str, Any]:
@@ -320,13 +361,17 @@ class Comparison:
             "per_image": None if allotment.per_image is None else float(allotment.per_image),
             "at_points": list(allotment.at_points),
             "counted": allotment.counted,
-            "cells": {
-                str(images): {
-                    measure: [_read(self._cell(name, seed, images, measure)) for seed in self.how.seeds]
-                    for measure in self.measures
-                }
-                for images in allotment.looked_at
-            },
+            "cells": self._cells(name, allotment.looked_at),
+        }
+
+    def _cells(self, name: str, numbers: Sequence[int]) -> dict[str, Any]:
+        """Number of images -> measure -> figures of all seeds."""
+        return {
+            str(images): {
+                measure: [_read(self._cell(name, seed, images, measure)) for seed in self.how.seeds]
+                for measure in self.measures
+            }
+            for images in numbers
         }
 
 
@@ -386,6 +431,7 @@ def compare(
     *,
     judge: nn.Module | None = None,
     data: str | None = None,
+    real: str | None = None,
     student: Callable[[], nn.Module] | None = None,
     lesson: TransferConfig | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -395,7 +441,7 @@ def compare(
     The two measurements that the published reviews of Patch Rebirth (Heo & Choi, arXiv 2509.23235) asked for, an equal
     time and an equal number of images, with throughput counted per sparse image. Quality is the share of images in
     which an independent network sees the class, the accuracy of the quantized teacher calibrated on them, and that of a
-    student taught by them.
+    student taught by them. The same is asked of controls: Gaussian noise, and real pictures.
 
     Args:
         model: the teacher, a supported timm model or a `SparseModel`.
@@ -404,6 +450,7 @@ def compare(
         how: see `CompareConfig`.
         judge: a second classifier of the same classes; default the embedded one for an embedded teacher, else none.
         data: test images with labels, as for `smi.evaluation.open_dataset`; without them there is no accuracy.
+        real: a folder of classes of real pictures, other than the test images; it may be added later.
         student: makes a fresh student; called with torch's seed set. None teaches none.
         lesson: how it is taught; its seed and fill are those of the comparison.
         progress: called with the steps done, all steps, and what was done.
@@ -424,7 +471,7 @@ def compare(
         model = SparseModel(model, precision=config.precision, ranking=config.model_ranking)
     lesson = lesson or TransferConfig(mode="finetune", batch_size=32, learning_rate=1e-3, weight_decay=0.05)
     how = how or CompareConfig()
-    work = Comparison(model, folder, config, how, judge, data, student, lesson, progress)
+    work = Comparison(model, folder, config, how, judge, data, real, student, lesson, progress)
     record = work.run()
     write_page(record, folder)
     return record

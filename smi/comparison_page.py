@@ -27,6 +27,7 @@ def write_page(record: dict[str, Any], folder: Path) -> None:
 def picture(record: dict[str, Any]) -> bytes:
     """PNG: quality against cost for every measure, and how often every patch was updated."""
     cost, unit, scale = _cost(record)
+    settings, controls = record["settings"], record["controls"]
     panels = []
     for title, (read, percent) in qualities(record).items():
         curves, counted = {}, {}
@@ -35,8 +36,10 @@ def picture(record: dict[str, Any]) -> bytes:
             curves[name] = [(statistics.mean(spent) / scale, values) for spent, values in points]
             spent, values = _values(method, method["counted"], cost, read)
             counted[name] = (statistics.mean(spent) / scale, values)
-        accuracy = "top-1" in title
-        panels.append(Panel(title, curves, counted, record["teacher_top1"] if accuracy else None, percent))
+        levels = {name: _values(control, settings["images"], cost, read)[1] for name, control in controls.items()}
+        reference = record["teacher_top1"] if "top-1" in title else None
+        # A number that grows with the budget is no line across.
+        panels.append(Panel(title, curves, counted, levels if percent else {}, reference, percent))
     maps = {
         name: np.mean([cell["updates"]["map"] for cell in _largest(method)["images"]], 0)
         for name, method in record["methods"].items()
@@ -108,7 +111,7 @@ def page(record: dict[str, Any]) -> str:
         lines += [f"## Equal {equal}", "", *_verdicts(record, lambda method: method["at_points"][-1]), ""]
         lines += [*_table(record, lambda method: method["at_points"][-1]), ""]
     lines += ["## Equal number of images", "", *_verdicts(record, lambda method: method["counted"]), ""]
-    lines += [*_table(record, lambda method: method["counted"]), ""]
+    lines += [*_table(record, lambda method: method["counted"]), *_controls(record), "", _beside(record), ""]
     lines += ["## Updates of patches", "", *_updates(methods), ""]
     lines += [_how_to_read(record)]
     return "\n".join(lines) + "\n"
@@ -125,12 +128,33 @@ def _table(record: dict[str, Any], chosen: Callable[[dict[str, Any]], int]) -> I
     yield f"| method | images | TFLOP | seconds | images/s | {' | '.join(shown)} |"
     yield "|---" * (5 + len(shown)) + "|"
     for name, method in record["methods"].items():
-        images = chosen(method)
-        flops = statistics.mean(_values(method, images, "flops", _nothing)[0])
-        seconds = statistics.mean(_values(method, images, "seconds", _nothing)[0])
-        cells = [_shown(_values(method, images, "flops", read)[1], percent=percent) for read, percent in shown.values()]
-        rate = f"{images / seconds:.3g}" if seconds else "-"
-        yield f"| {name} | {images} | {flops / 1e12:.3g} | {seconds:.3g} | {rate} | {' | '.join(cells)} |"
+        yield _row(name, method, chosen(method), shown)
+
+
+def _row(name: str, method: dict[str, Any], images: int, shown: dict[str, tuple[Read, bool]]) -> str:
+    flops = statistics.mean(_values(method, images, "flops", _nothing)[0])
+    seconds = statistics.mean(_values(method, images, "seconds", _nothing)[0])
+    cells = [_shown(_values(method, images, "flops", read)[1], percent=percent) for read, percent in shown.values()]
+    rate = f"{images / seconds:.3g}" if seconds else "-"
+    return f"| {name} | {images} | {flops / 1e12:.3g} | {seconds:.3g} | {rate} | {' | '.join(cells)} |"
+
+
+def _controls(record: dict[str, Any]) -> Iterator[str]:
+    """Rows that nothing was inverted for, the last that of the teacher itself."""
+    shown = qualities(record)
+    for name, control in record["controls"].items():
+        yield _row(name, control, record["settings"]["images"], shown)
+    if record["teacher_top1"] is not None:
+        cells = [f"{record['teacher_top1']:.1%}" if "top-1" in title else "-" for title in shown]
+        yield f"| none, the teacher in float | - | - | - | - | {' | '.join(cells)} |"
+
+
+def _beside(record: dict[str, Any]) -> str:
+    real = ", and `real`, pictures of the same classes" if "real" in record["controls"] else ""
+    return (
+        f"Controls cost no inversion, so they have no place at equal cost; there are as many of each as the equal "
+        f"number: `noise`, Gaussian in the model's normalised space{real}. In the picture they are dotted lines."
+    )
 
 
 def _updates(methods: dict[str, Any]) -> Iterator[str]:

@@ -212,6 +212,7 @@ class Inversion:
         self._torn = False
         self._seconds += time.perf_counter() - began
 
+    @torch.enable_grad()  # the caller's torch.no_grad() stops no fused iteration either
     def _iterate(self, t: int) -> None:
         """Iteration `t`: forward, any losses, autograd, Adam."""
         wants = self.strategy.wants_scores(t)

@@ -190,6 +190,7 @@ class Panel:
         title: of the quality.
         curves: method -> points (cost, values of all seeds), in order of cost.
         counted: method -> the point of an equal number of images.
+        controls: name -> values of all seeds, of what costs nothing: dotted lines across.
         reference: a line across, such as the teacher's own accuracy.
         percent: whether values are shares.
     """
@@ -197,6 +198,7 @@ class Panel:
     title: str
     curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]]
     counted: Mapping[str, tuple[float, Sequence[float]]]
+    controls: Mapping[str, Sequence[float]]
     reference: float | None = None
     percent: bool = True
 
@@ -210,7 +212,8 @@ def comparison(panels: Sequence[Panel], maps: Mapping[str, Array], cost: str, th
     figure = _figure(3.4 * rows + 2.3, theme)
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.4 * rows, 2.3])
     upper, lower = parts
-    colours = {name: f"C{place}" for place, name in enumerate(maps)}
+    names = dict.fromkeys([*maps, *(name for panel in panels for name in panel.controls)])
+    colours = {name: f"C{place}" for place, name in enumerate(names)}
     grid = upper.subplots(rows, min(2, len(panels)), squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _compare(axes, panel, colours, theme)
@@ -238,6 +241,9 @@ def _compare(axes: Axes, panel: Panel, colours: Mapping[str, str], theme: Theme)
         axes.fill_between(at, low, high, color=colours[name], alpha=0.15, linewidth=0)
     for name, (cost, seeds) in panel.counted.items():
         axes.scatter([cost], [float(np.mean(seeds))], s=50, marker="s", facecolors="none", edgecolors=colours[name])
+    for name, seeds in panel.controls.items():
+        axes.axhline(float(np.mean(seeds)), color=colours[name], linewidth=1.2, linestyle=(0, (1, 2)), label=name)
+        axes.axhspan(min(seeds), max(seeds), color=colours[name], alpha=0.1, linewidth=0)
     if panel.reference is not None:
         axes.axhline(panel.reference, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xlim(left=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ def command(monkeypatch: pytest.MonkeyPatch, module: Any, *args: object) -> None
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures of noise in each of ten folders, as a test set and as real images."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    """Six pictures of noise in each of ten folders, in ``test`` as a test set and in ``train`` as real images."""
+    folder, noise = tmp_path_factory.mktemp("pictures") / "test", torch.Generator().manual_seed(0)
+    folder.mkdir()
     for name in CLASSES:
         (folder / name).mkdir()
         for number in range(6):
             to_pil_image(torch.rand(3, 32, 32, generator=noise)).save(folder / name / f"{number}.png")
-    return folder
+    shutil.copytree(folder, folder.parent / "train")
+    return folder.parent
 
 
 @pytest.fixture
@@ -44,7 +47,16 @@ def truth(pictures: Path, tmp_path: Path) -> list[object]:
     config = smi.preset("demo").replace(iterations=8, prune_at=(2,), prune_ratio=(0.75,), batch_size=20)
     config.save(tmp_path / "short.yaml")
     return [
-        *("--work", tmp_path / "work", "--out", tmp_path / "out", "--test", pictures, "--real", pictures),
+        *(
+            "--work",
+            tmp_path / "work",
+            "--out",
+            tmp_path / "out",
+            "--test",
+            pictures / "test",
+            "--real",
+            pictures / "train",
+        ),
         *("--preset", tmp_path / "short.yaml", "--images", 40, "--limit", 30, "--seeds", 1, "--epochs", 1),
         *("--device", "cpu", "--columns", "linear probe"),
     ]
@@ -90,9 +102,9 @@ def test_real_images_are_of_their_class_and_other_ones_for_another_seed(truth: l
     assert one.targets.tolist() == [*range(10), *range(10)]
     assert not torch.equal(one.images, other.images)
     # Every picture is one of its folder's.
-    folder = bench.dataset(bench.real, table_of_truth.data_config(bench.network), keep=False)
+    read = table_of_truth.data_transform(table_of_truth.data_config(bench.network))
     for image, target in zip(one.images, one.targets.tolist(), strict=True):
-        theirs = [folder[place][0] for place, label in enumerate(folder.targets) if label == target]
+        theirs = [read(Image.open(file)) for file in (Path(bench.real) / CLASSES[target]).iterdir()]
         assert any(torch.equal(image, picture) for picture in theirs)
     with torch.no_grad():
         torch.testing.assert_close(one.logits, bench.network(one.images), rtol=1e-3, atol=1e-3)
@@ -101,19 +113,19 @@ def test_real_images_are_of_their_class_and_other_ones_for_another_seed(truth: l
 def test_real_images_are_of_their_class_where_folders_sort_otherwise(truth: list[object], pictures: Path) -> None:
     bench = table_of_truth.Bench(table_of_truth.arguments().parse_args([str(value) for value in truth]))
     bench.model.info = dataclasses.replace(bench.model.info, class_names=CLASSES[::-1])
-    image = bench._real(2, seed=1, number=0)
+    (image,) = bench._real(bench.plan(10), 1)(range(2, 3))
     read = table_of_truth.data_transform(table_of_truth.data_config(bench.network))
     for name in CLASSES:
-        own = [torch.equal(image, read(Image.open(file))) for file in (pictures / name).iterdir()]
+        own = [torch.equal(image, read(Image.open(file))) for file in (pictures / "train" / name).iterdir()]
         assert any(own) is (name == CLASSES[-3])
 
 
 def test_real_images_are_none_of_a_data_sets_test_images(
-    truth: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    truth: list[object], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit):
-        command(monkeypatch, table_of_truth, *truth, "--real", "cifar10:data")
-    assert "would be the test images of that data set" in capsys.readouterr().err
+    for images in ("cifar10:data", pictures / "test"):
+        with pytest.raises(smi.SmiError, match="would be the test images"):
+            command(monkeypatch, table_of_truth, *truth, "--real", images)
 
 
 def test_a_quantized_cell_is_the_accuracy_of_a_network_calibrated_on_the_pool(truth: list[object]) -> None:
@@ -125,7 +137,7 @@ def test_a_quantized_cell_is_the_accuracy_of_a_network_calibrated_on_the_pool(tr
     (cell,) = table_of_truth.cells(args, bench).values()
     pool = bench.pool("gaussian noise", 1)
     made = smi.quantize(bench.network, from_pool(pool, images=32), weights=4, activations=4)
-    images, labels = bench.dataset(bench.test, made.data).tensors
+    images, labels = bench.dataset(made.data).tensors
     right = (made.model(images).argmax(1) == labels).float().mean().item()
     assert cell("gaussian noise", 1)["top1"] == pytest.approx(right)
 

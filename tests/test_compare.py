@@ -31,6 +31,7 @@ from smi.comparison import count_updates
 from smi.comparison_page import leader, page
 from smi.comparison_plan import allot, flops_per_image
 from smi.evaluation import data_config, data_transform
+from smi.given import check_real
 from smi.inversion import Inversion
 from smi.pool import Pool
 from smi.pool_tools import FirstImages
@@ -73,9 +74,9 @@ BY_HAND = {  # iterations with so many patches, over the images of a trajectory
 }
 
 
-def pictures(folder: Path, each: int = 4) -> Path:
+def pictures(folder: Path, each: int = 4, seed: int = 0) -> Path:
     """A data set: noise of another colour for each class."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     for label in range(CLASSES):
         (folder / str(label)).mkdir(parents=True)
         for i in range(each):
@@ -282,6 +283,80 @@ def test_the_page_shows_both_measurements(whole: tuple[Path, dict[str, Any]]) ->
     assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
+# --- controls ---
+
+
+def test_controls_are_judged_like_what_was_inverted(model: smi.SparseModel, tmp_path: Path) -> None:
+    data, real = (pictures(tmp_path / name, seed=seed) for seed, name in enumerate(("data", "real")))
+    how = CompareConfig(strategies=("rebirth",), images=12, points=(1.0,), classes=(3, 1, 4), weights=8, activations=8)
+    lesson = smi.TransferConfig(mode="finetune", epochs=1)
+
+    def again(**more: Any) -> dict[str, Any]:
+        return smi.compare(
+            model,
+            tmp_path / "out",
+            CONFIG,
+            how,
+            judge=tiny(3),
+            data=str(data),
+            student=lambda: tiny(5),
+            lesson=lesson,
+            **more,
+        )
+
+    assert [*again()["controls"]] == ["noise"]
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/**/*.*")}
+    record = again(real=str(real))  # may be added
+    assert all(file.stat().st_mtime_ns == written for file, written in files.items())
+    assert record["settings"] == json.loads((tmp_path / "out" / "settings.json").read_text())
+    targets = torch.tensor([3, 1, 4] * 4)
+    transform, seen = data_transform(data_config(model.original)), []
+    for name, control in record["controls"].items():
+        results = list(Pool(tmp_path / "out" / "pools" / f"{name}-1"))
+        images = torch.cat([result.images for result in results])
+        assert torch.equal(torch.cat([result.targets for result in results]), targets)
+        with torch.no_grad():
+            says = {net: (net(images).argmax(1) == targets).double().mean().item() for net in (model.original, tiny(3))}
+        ((number, cells),) = control["cells"].items()
+        cell = cells["images"][0]
+        assert (number, cell["images"], cell["flops"], cell["seconds"], cell["updates"]) == ("12", 12, 0, 0, None)
+        assert [cell["teacher_agreement"], cell["judge_agreement"]["mean"]] == pytest.approx([*says.values()])
+        assert abs(cells["quantized"][0]["top1"] - record["teacher_top1"]) <= 0.15 and "top1" in cells["student"][0]
+        seen.append(images)
+    noise, shown = seen
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    for label in (3, 1, 4):  # four pictures a class, each of them once
+        files_of = [transform(Image.open(file)) for file in sorted((real / str(label)).iterdir())]
+        of_class = shown[targets == label]
+        assert sorted(x.sum().item() for x in of_class) == sorted(x.sum().item() for x in files_of)
+    _, equal, counted, _ = (tmp_path / "out" / "compare.md").read_text().split("\n## ")
+    for name in ("noise", "real"):
+        assert f"\n| {name} | 12 | 0 | 0 | - | " in counted and f"| {name} |" not in equal
+    top1 = f"{record['teacher_top1']:.1%}"
+    assert f"\n| none, the teacher in float | - | - | - | - | - | - | {top1} | {top1} |\n" in counted
+    assert "rebirth was compared with nothing" in counted  # no control takes the lead
+    with pytest.raises(SmiError, match="holds a comparison with the real images"):
+        again(real=str(data.parent))
+
+
+def test_test_images_are_no_control(model: smi.SparseModel, tmp_path: Path) -> None:
+    data, real = pictures(tmp_path / "data"), pictures(tmp_path / "real", each=1)
+    for folder, tests, says in (
+        (data, data, "would be the test images; name a folder of others"),
+        (f"{real}/../data", data, "would be the test images"),
+        (f"cifar10:{real}", None, "would be the test images"),
+        (tmp_path, None, "has 2 classes, the model has 5"),
+        (real, None, "has 1 pictures of class 0, and 2 are wanted; add some, or use fewer images than 8"),
+    ):
+        with pytest.raises(SmiError) as error:
+            smi.compare(model, tmp_path / "out", CONFIG, HOW, data=tests and str(tests), real=str(folder))
+        assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SmiError, match="would be the test images"):
+        check_real(str(tmp_path / "val"), f"imagenet:{tmp_path}")
+    check_real(str(tmp_path / "train"), f"imagenet:{tmp_path}")
+
+
 def test_a_leader_is_named_as_far_as_seeds_tell() -> None:
     assert leader({"a": [0.5], "b": [0.6]}).startswith("b is ahead of a, with one seed")
     assert leader({"a": [0.5, 0.52], "b": [0.7, 0.71]}).startswith("**b** is ahead of a by more than two standard")
@@ -316,15 +391,15 @@ def test_a_killed_comparison_repeats_nothing(tmp_path: Path, monkeypatch: pytest
 
     made, real = [], smi.run.invert_batch
 
-    def noted(model: Any, plan: Any, config: smi.Config, batch: int, *more: Any) -> Any:
+    def noted(model: Any, plan: Any, config: smi.Config, batch: int, *more: Any, **named: Any) -> Any:
         made.append((config.strategy, batch))
-        return real(model, plan, config, batch, *more)
+        return real(model, plan, config, batch, *more, **named)
 
     monkeypatch.setattr(smi.run, "invert_batch", noted)
     again = CliRunner().invoke(app, [*command, "--json"])
     assert again.exit_code == 0, again.output
     assert all(file.stat().st_mtime_ns == written for file, written in shards.items())
-    every = set((tmp_path / "out").rglob("*.safetensors"))
+    every = {file for file in (tmp_path / "out").rglob("*.safetensors") if "noise-1" not in file.parts}
     assert len(made) == len({*made}) == len(every) - len(shards) > 0
     record, made[:] = json.loads(again.stdout), []
     third = CliRunner().invoke(app, [*command, "--json"])
@@ -456,7 +531,7 @@ def test_the_command_prints_the_page(tmp_path: Path) -> None:
     assert (tmp_path / "compare.md").read_text() in done.stdout
     assert "teacher agrees" in done.stdout and "No judge was named" in done.stdout
     assert "conclude nothing" in (tmp_path / "compare.md").read_text().split("## ")[0]
-    assert "4/4 seed 1: sparse, 4 images, images" in done.stderr
+    assert "5/5 seed 1: noise, 4 images, images" in done.stderr
     pool = Pool(tmp_path / "pools" / "sparse-1")
     assert pool.plan.targets == (1, 2, 1, 2) and pool.config.iterations == 8
     alone = CliRunner().invoke(app, ["compare", "--judge-checkpoint", "x.pth", "--out", str(tmp_path)])
