@@ -34,11 +34,19 @@ Ranking = Literal[
     "class_attention",
     "attention_pool",
     "received_attention",
+    "class_attention_last_4",
     "attention_rollout",
     "gradient_input",
     "random",
 ]
-ModelRanking = Literal["auto", "class_attention", "attention_pool", "received_attention", "attention_rollout"]
+ModelRanking = Literal[
+    "auto",
+    "class_attention",
+    "attention_pool",
+    "received_attention",
+    "class_attention_last_4",
+    "attention_rollout",
+]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MAX_ITERATIONS = 10_000_000  # histories and progress keep a number for each
 

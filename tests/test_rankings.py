@@ -29,8 +29,8 @@ def fed(model: Any, images: Tensor, keep: Tensor) -> Tensor:
     return torch.cat((x[:, :prefix], x[:, prefix:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))), 1)
 
 
-def explicit_rollout(model: Any, images: Tensor, keep: Tensor) -> Tensor:
-    """(B, K) the class row of the whole product of matrices, in float64, from timm's own attention step by step."""
+def explicit_maps(model: Any, images: Tensor, keep: Tensor) -> list[Tensor]:
+    """(B, heads, T, T) of every block, from timm's own attention step by step."""
     maps: list[Tensor] = []
     hooks = []
     for block in model.blocks:
@@ -40,6 +40,12 @@ def explicit_rollout(model: Any, images: Tensor, keep: Tensor) -> Tensor:
         model.blocks(fed(model, images, keep))
     for hook in hooks:
         hook.remove()
+    return maps
+
+
+def explicit_rollout(model: Any, images: Tensor, keep: Tensor) -> Tensor:
+    """(B, K) the class row of the whole product of matrices, in float64."""
+    maps = explicit_maps(model, images, keep)
     T = maps[0].shape[-1]
     rows = []
     for image in range(len(images)):
@@ -66,11 +72,24 @@ def test_attention_rollout_is_the_class_row_of_the_product(backend: str, registe
     assert not torch.allclose(last, explicit_rollout(model, images, KEEP), rtol=0.05)
 
 
+@pytest.mark.parametrize("depth", [3, 6])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_class_attention_is_averaged_over_the_last_four_blocks(backend: str, depth: int) -> None:
+    model, images = tiny(depth=depth, reg_tokens=2, no_embed_class=True), pixels()
+    sparse = SparseModel(model, ranking="class_attention_last_4", backend=backend)
+    scores = sparse.feed(images, KEEP, scores=True)[1]
+    rows = [attention.mean(1)[:, 0, 3:] for attention in explicit_maps(model, images, KEEP)]
+    expected = sum(rows[-4:]) / min(depth, 4)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(scores, rows[-1], rtol=0.05)  # type: ignore[arg-type]
+
+
 def test_a_rollout_needs_a_class_token_and_one_attention_in_each_block() -> None:
-    with pytest.raises(SmiError, match="'attention_rollout' needs a class token"):
-        SparseModel(tiny(class_token=False, global_pool="avg"), ranking="attention_rollout")
-    with pytest.raises(SmiError, match="no single attention in each block"):
-        SparseModel(tiny(block_fn=ParallelThingsBlock), ranking="attention_rollout")
+    for ranking in ("attention_rollout", "class_attention_last_4"):
+        with pytest.raises(SmiError, match=f"'{ranking}' needs a class token"):
+            SparseModel(tiny(class_token=False, global_pool="avg"), ranking=ranking)  # type: ignore[arg-type]
+        with pytest.raises(SmiError, match="no single attention in each block"):
+            SparseModel(tiny(block_fn=ParallelThingsBlock), ranking=ranking)  # type: ignore[arg-type]
 
 
 def autograd_scores(model: Any, images: Tensor, keep: Tensor, targets: Tensor, tv2: float) -> Tensor:
@@ -131,7 +150,7 @@ def test_random_ranking_is_the_random_strategy(semantics: str, backend: str) -> 
     assert not torch.equal(ranked.keep, smi.invert(model, [0, 1, 2], config, backend=backend).keep)
 
 
-@pytest.mark.parametrize("ranking", ["attention_rollout", "gradient_input", "random"])
+@pytest.mark.parametrize("ranking", ["class_attention_last_4", "attention_rollout", "gradient_input", "random"])
 @pytest.mark.parametrize("strategy", ["sparse", "rebirth", "random", "dense"])
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_every_ranking_runs_everywhere(semantics: str, strategy: str, ranking: Any) -> None:

@@ -31,6 +31,7 @@ from smi.errors import SmiError, did_you_mean
 from smi.state import ModelInfo
 from smi.weights import check_finite, weights_hash
 
+_SEVERAL_BLOCKS = ("class_attention_last_4", "attention_rollout")  # rankings of more than the last block
 _DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")  # by name: older versions of timm have none
 # Of the logits from timm's own, relative: an order of magnitude above what rounding to so many bits does.
 _DIFFERENCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 0.1}
@@ -47,8 +48,9 @@ class SparseModel:
         precision: arithmetic of the network, ``fp32`` or ``bf16``, on the fused kernels ``tf32`` or ``fp16`` too. A
             float64 model stays float64 under ``fp32``.
         ranking: what patches are ranked by; ``auto`` takes the class token's attention in the last block, else the
-            attention pooling's, else the attention each patch receives in the last block. ``attention_rollout`` takes
-            the class token's attention through all blocks, on timm's modules whatever the backend.
+            attention pooling's, else the attention each patch receives in the last block. ``class_attention_last_4``
+            averages the class token's over the last four blocks, or all of fewer, and ``attention_rollout`` takes it
+            through all blocks; both on timm's modules whatever the backend.
         mean, std: per channel; default the model's own data config.
         class_names: one for each logit, for people; default what the model's own config says, or
             ImageNet's where timm's card says that it was trained on that.
@@ -121,7 +123,7 @@ class SparseModel:
         twin.blocks[-1].register_forward_pre_hook(lambda _module, _args: None if tap.everything else tap.calls.clear())
         twin.patch_embed = EmbedSlot(embed, embed.grid_size)
         twin.patch_drop = GatherSlot(prefix, with_indices=isinstance(twin, Eva))
-        ranking_blocks = twin.blocks if ranking == "attention_rollout" else twin.blocks[-1]
+        ranking_blocks = twin.blocks if ranking in _SEVERAL_BLOCKS else twin.blocks[-1]
         for module in (ranking_blocks, twin.attn_pool):
             for part in module.modules() if module is not None else ():
                 if hasattr(part, "fused_attn"):
@@ -237,7 +239,7 @@ class SparseModel:
         self._features.clear()
         if not scores:
             return self._twin(images).to(images.dtype), None
-        self._tap.everything = self._ranking == "attention_rollout"
+        self._tap.everything = self._ranking in _SEVERAL_BLOCKS
         self._tap.calls.clear()
         try:
             with self._tap:
@@ -376,7 +378,7 @@ class SparseModel:
         if name == "cpu" and self.precision != "fp32":
             reasons.append(f"the compiled operators compute in float32 and float64, not in {self.precision}")
         theirs = self._resolve_ranking("auto")
-        if self._ranking not in (theirs, "attention_rollout"):
+        if self._ranking not in (theirs, *_SEVERAL_BLOCKS):
             reasons.append(f"they rank this model by {theirs}, not by {self._ranking}")
         if reasons and wanted != "auto":
             raise SmiError(
@@ -389,7 +391,7 @@ class SparseModel:
             "class_attention": self._twin.cls_token is not None,
             "attention_pool": isinstance(self._twin.attn_pool, AttentionPoolLatent),
             "received_attention": True,
-            "attention_rollout": self._twin.cls_token is not None,
+            **dict.fromkeys(_SEVERAL_BLOCKS, self._twin.cls_token is not None),
         }
         if wanted == "auto":
             pools = self._twin.global_pool == "map"
@@ -410,6 +412,10 @@ class SparseModel:
         pooled, prefix = self._twin.attn_pool is not None, self._twin.num_prefix_tokens
         if self._ranking == "attention_rollout":
             return attention_rollout(self._of_all_blocks(calls))[:, prefix:]
+        if self._ranking == "class_attention_last_4":
+            last = self._of_all_blocks(calls)[-4:]
+            rows = [smi_kernels.attention_row(query[:, :, 0], key, scale) for query, key, scale in last]
+            return torch.stack(rows).mean(0)[:, prefix:]
         if len(calls) < 1 + pooled:
             raise SmiError(f"ranking {self._ranking!r} is not to be had: the last block makes no fused attention call.")
         if self._ranking == "attention_pool":
