@@ -190,7 +190,8 @@ class _Aside:
         self._every, self._deadline = every, deadline
         self._saved = time.monotonic()
         self._state = writer.take_up(batch)
-        self.tries = 0 if self._state is None else int(self._state.pop("tries", 0))
+        tries = 0 if self._state is None else self._state.pop("tries", 0)
+        self.tries = tries if type(tries) is int and 0 <= tries < _TRIES else 0
 
     def begin(self, loop: Inversion) -> None:
         """Go on from what was put aside, if it was, the first time."""

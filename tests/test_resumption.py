@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -279,6 +280,8 @@ def change(**parts: Any) -> Callable[[Path], None]:
         (change(keep=torch.tensor([[0, 1], [1, 1]])), "its keep is not"),
         (change(dropped_at=torch.zeros(2, 3, dtype=torch.int32)), "its dropped_at is not"),
         (change(phases=[{}]), "not of an inversion with these arguments"),
+        (change(snapshot_at=[math.inf, 7]), "not of an inversion with these arguments"),
+        (change(iteration=99, tries="many"), "iteration 99 of 12"),
         (change(**{"pixels.sums": torch.zeros(1)}), "sums has shape"),
     ],
 )
