@@ -152,7 +152,11 @@ def run(
                 break
             mine_still = workers.holds(batch)
             if mine_still:
-                writer.write(batch, result)
+                try:
+                    writer.write(batch, result)
+                except KeyboardInterrupt:
+                    writer.write(batch, result)  # what takes moments, where a whole batch would be lost
+                    raise
             workers.release(batch)
             seconds = time.monotonic() - batch_started
             if not mine_still:  # another took this run for dead, and makes the batch

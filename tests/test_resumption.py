@@ -18,7 +18,7 @@ from test_run import assert_same, assert_same_pool
 import smi
 from smi.inversion import Inversion
 from smi.objectives import Context, Objective
-from smi.pool import Pool
+from smi.pool import Pool, encode_png
 from smi.run import run
 from smi.state import WorkPlan
 from smi.workers import Workers
@@ -228,6 +228,27 @@ def test_what_was_interrupted_after_its_last_iteration_is_told_of_once(
             run(model, plan, BASE, tmp_path)
     run(model, plan, BASE, tmp_path, on_iteration=lambda n, loop: seen.append((n, loop.iteration, loop.resumed_at)))
     assert seen == [(0, T, T), *((1, t, 0) for t in range(1, T + 1))]
+
+
+def test_an_interrupt_does_not_lose_a_batch_that_is_being_written(
+    network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, encode = model_for(network, BASE, "cpu"), WorkPlan((0, 1, 2), 2), encode_png
+    struck: list[bool] = []
+
+    def strike(picture: torch.Tensor) -> bytes:
+        if not struck:
+            struck.append(True)
+            raise KeyboardInterrupt
+        return encode(picture)
+
+    monkeypatch.setattr("smi.pool.encode_png", strike)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, plan, BASE, tmp_path / "pool")
+    assert Pool(tmp_path / "pool").batches == [0]
+    run(model, plan, BASE, tmp_path / "pool")
+    run(model, plan, BASE, tmp_path / "whole")
+    assert_same_pool(tmp_path / "pool", tmp_path / "whole")
 
 
 def test_joined_runs_wait_for_others_no_longer_than_the_time_that_they_have(
