@@ -152,7 +152,7 @@ def _options(
 def invert(options: InvertOptions) -> None:
     """Invert a model: make images of its classes, with the patches that matter, in a pool on disk.
 
-    Every finished batch is kept: stop at any time and run the same command again to go on.
+    Stop at any time and run the same command again to go on: what is done of a batch is kept, too.
 
     [bold]Examples[/bold]
 

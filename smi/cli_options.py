@@ -176,7 +176,7 @@ class InvertOptions(ModelOptions):
             "--time-budget",
             panel=_HOW_MUCH,
             metavar="TIME",
-            help="Start no batch that would end later: 90s, 10m, 1h30m. The same command goes on.",
+            help="Stop after so long, halfway through a batch: 90s, 10m, 1h30m. The same command goes on.",
         ),
     ] = None
 

@@ -89,10 +89,10 @@ class Reporter:
     def iteration(self, batch: int, loop: Inversion) -> None:
         """One iteration is done."""
         due = time.monotonic() - self._told >= self.every
-        if batch != self._batch:
-            self._skipped = len(self.plan.batch(batch)) * self._work[loop.resumed_at]
-            self.total -= self._skipped
-        elif not (due or loop.done):
+        skipped = len(self.plan.batch(batch)) * self._work[loop.resumed_at]
+        self.total += self._skipped - skipped  # a second try does all of it
+        self._skipped = skipped
+        if not (due or loop.done or batch != self._batch):
             return
         self._batch, losses = batch, loop.latest()  # from here on the clock counts all that is done
         self.left.iteration(batch, loop.iteration, len(loop.indices))

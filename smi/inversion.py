@@ -29,6 +29,7 @@ from smi.objectives import BUILT_IN, Context, Objective, Objectives, OwnTerms
 from smi.rankings import gradient_input
 from smi.rebirth import Part, interleaved, trajectories, without
 from smi.resumption import restore, state_of
+from smi.shard import DAMAGE
 from smi.state import Phase, Result
 from smi.strategies import STRATEGIES
 
@@ -174,7 +175,7 @@ class Inversion:
         try:
             with torch.no_grad():
                 restore(self, state)
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        except DAMAGE as error:
             raise SmiError(f"the state is not of an inversion with these arguments: {reason(error)}.") from error
 
     def step(self) -> None:

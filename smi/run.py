@@ -152,7 +152,11 @@ def run(
                 break
             mine_still = workers.holds(batch)
             if mine_still:
-                writer.write(batch, result)
+                try:
+                    writer.write(batch, result)
+                except KeyboardInterrupt:
+                    writer.write(batch, result)  # what takes moments, where a whole batch would be lost
+                    raise
             workers.release(batch)
             seconds = time.monotonic() - batch_started
             if not mine_still:  # another took this run for dead, and makes the batch
@@ -190,7 +194,8 @@ class _Aside:
         self._every, self._deadline = every, deadline
         self._saved = time.monotonic()
         self._state = writer.take_up(batch)
-        self.tries = 0 if self._state is None else int(self._state.pop("tries", 0))
+        tries = 0 if self._state is None else self._state.pop("tries", 0)
+        self.tries = tries if type(tries) is int and 0 <= tries < _TRIES else 0
 
     def begin(self, loop: Inversion) -> None:
         """Go on from what was put aside, if it was, the first time."""

@@ -231,6 +231,12 @@ def test_what_an_earlier_run_has_done_of_a_batch_is_not_counted() -> None:
     loop: Any = Loop()
     loop.resumed_at, loop.iteration = 2, 3
     reporter.iteration(0, loop)
+    loop.resumed_at, loop.iteration = 0, 1  # it was not finite in the end, and is tried from another seed
+    reporter.iteration(0, loop)
+    assert told.pop() == (2 * 64, 3 * 192, 2 * 64 / 192 / 2)
+    loop.resumed_at, loop.iteration = 2, 3
+    reporter.iteration(0, loop)
+    assert told.pop() == told[0]
     reporter.batch(0, None, 1.0)  # type: ignore[arg-type]
     loop.resumed_at, loop.iteration = 0, 1
     reporter.iteration(1, loop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from test_run import assert_same, assert_same_pool
 import smi
 from smi.inversion import Inversion
 from smi.objectives import Context, Objective
-from smi.pool import Pool
+from smi.pool import Pool, encode_png
 from smi.run import run
 from smi.state import WorkPlan
 from smi.workers import Workers
@@ -229,6 +230,27 @@ def test_what_was_interrupted_after_its_last_iteration_is_told_of_once(
     assert seen == [(0, T, T), *((1, t, 0) for t in range(1, T + 1))]
 
 
+def test_an_interrupt_does_not_lose_a_batch_that_is_being_written(
+    network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, encode = model_for(network, BASE, "cpu"), WorkPlan((0, 1, 2), 2), encode_png
+    struck: list[bool] = []
+
+    def strike(picture: torch.Tensor) -> bytes:
+        if not struck:
+            struck.append(True)
+            raise KeyboardInterrupt
+        return encode(picture)
+
+    monkeypatch.setattr("smi.pool.encode_png", strike)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, plan, BASE, tmp_path / "pool")
+    assert Pool(tmp_path / "pool").batches == [0]
+    run(model, plan, BASE, tmp_path / "pool")
+    run(model, plan, BASE, tmp_path / "whole")
+    assert_same_pool(tmp_path / "pool", tmp_path / "whole")
+
+
 def test_joined_runs_wait_for_others_no_longer_than_the_time_that_they_have(
     network: torch.nn.Module, tmp_path: Path
 ) -> None:
@@ -279,6 +301,8 @@ def change(**parts: Any) -> Callable[[Path], None]:
         (change(keep=torch.tensor([[0, 1], [1, 1]])), "its keep is not"),
         (change(dropped_at=torch.zeros(2, 3, dtype=torch.int32)), "its dropped_at is not"),
         (change(phases=[{}]), "not of an inversion with these arguments"),
+        (change(snapshot_at=[math.inf, 7]), "not of an inversion with these arguments"),
+        (change(iteration=99, tries="many"), "iteration 99 of 12"),
         (change(**{"pixels.sums": torch.zeros(1)}), "sums has shape"),
     ],
 )
