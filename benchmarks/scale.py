@@ -183,7 +183,7 @@ falls asleep {t["asleep"]:g} times an hour for {t["sleep"]:.0f} s, leaves {t["le
 (`smi.workers`) of so many runs on one folder, with clocks and trouble simulated: batches of {each:.0f} s;
 {rates}. Calls are those to the file system for claims
 and signs of life, images come on top. Taken back is what the killed and the leaving had in hand, and what sleepers
-finished too late.
+finished too late; of real runs less, for what was put aside or saved of a batch is gone on with.
 
 {_table(titles, rows)}
 
@@ -215,7 +215,8 @@ torchrun --nnodes 2:16 --nproc-per-node 8 --max-restarts 100 --rdzv-backend c10d
     -m smi invert MODEL --num-images 1000000 --out pools/big
 ```
 
-torchrun restarts all its processes when one dies or machines join, and the batches that they had in hand begin anew.
+torchrun restarts all its processes when one dies or machines join, and the batches that they had in hand go on
+where they were put aside or last saved.
 Tried were two processes on one machine, one of them killed. Runs need not know of each other, so a Slurm array of
 single ones loses less (not tried on a cluster):
 
