@@ -86,8 +86,9 @@ def encode(result: Result, instead: dict[str, Tensor] | None = None) -> bytes:
 
 
 def content_hash(result: Result) -> str:
-    """SHA-256 over all that `result` says, whatever form it was read from."""
-    return hash_of(*_parts(result, True))
+    """SHA-256 over all that `result` says but what it took to make, whatever form it was read from."""
+    timeless = [dataclasses.replace(phase, seconds=0.0) for phase in result.phases]
+    return hash_of(*_parts(dataclasses.replace(result, phases=timeless, peak_memory=None), True))
 
 
 def _parts(result: Result, images: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -123,6 +123,15 @@ def test_parts_become_the_whole(model: smi.SparseModel, whole: Path, tmp_path: P
     assert not verify(tmp_path / "out").problems
 
 
+def test_a_batch_that_two_pools_made_is_the_same_however_long_it_took(
+    model: smi.SparseModel, whole: Path, tmp_path: Path
+) -> None:
+    run(model, PLAN, CONFIG, tmp_path / "again")
+    seconds = [[phase.seconds for phase in Pool(path).load(0).phases] for path in (whole, tmp_path / "again")]
+    assert seconds[0] != seconds[1]
+    assert merge([whole, tmp_path / "again"], tmp_path / "out").complete
+
+
 def test_what_cannot_be_merged_is_said(model: smi.SparseModel, whole: Path, copy: Path, tmp_path: Path) -> None:
     run(model, PLAN, CONFIG.replace(seed=5), tmp_path / "other")
     with pytest.raises(smi.SmiError, match="differ in their config"):
