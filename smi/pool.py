@@ -132,9 +132,7 @@ class PoolWriter:
     @property
     def begun(self) -> list[int]:
         """Numbers of the batches put aside half done, in order, as of now."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return sorted(int(file[:-12]) for file in os.listdir(self.path / UNFINISHED) if _SHARD.fullmatch(file))
-        return []
+        return _begun(self.path)
 
     def write(self, batch: int, result: Result) -> None:
         """Commit one finished batch; once this returns it survives a crash, and before that it leaves no trace.
@@ -281,6 +279,11 @@ class Pool:
     def complete(self) -> bool:
         return len(self.batches) == self.plan.num_batches
 
+    @property
+    def begun(self) -> list[int]:
+        """Numbers of the missing batches that were put aside half done, in order, as of now."""
+        return [batch for batch in _begun(self.path) if batch not in self.batches]
+
     def __len__(self) -> int:
         return self.ends[-1] if self.batches else 0
 
@@ -388,6 +391,12 @@ def _present(path: Path, plan: WorkPlan) -> list[int]:
     except OSError as error:
         raise SmiError(f"cannot read {str(path / 'shards')!r}: {reason(error)}.") from None
     return [batch for batch in range(plan.num_batches) if f"{batch:05d}.safetensors" in files]
+
+
+def _begun(path: Path) -> list[int]:
+    with contextlib.suppress(OSError):
+        return sorted(int(file[:-12]) for file in os.listdir(path / UNFINISHED) if _SHARD.fullmatch(file))
+    return []
 
 
 def read_manifest(path: Path, name: str = "manifest.json", format: str = FORMAT) -> dict[str, Any]:

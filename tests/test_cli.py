@@ -124,8 +124,11 @@ def test_a_time_budget_leaves_the_rest_for_the_next_call(call: Call, pool: Path,
     assert code == 0
     assert printed.startswith("no batch was finished in ")
     assert "6 images in 3 batches are left, 1 of them begun; run the same command again to go on" in printed
+    assert "0 of 6 images, 0 of 3 batches, 1 begun" in call("info", tmp_path / "p")[1]
+    assert json.loads(call("info", tmp_path / "p", "--json")[1])["batches_begun"] == [0]
     assert call(*command)[0] == 0
     assert_same_pool(tmp_path / "p", pool)
+    assert "6 of 6 images, 3 of 3 batches\n" in call("info", tmp_path / "p")[1]
 
 
 def test_json_is_one_object_a_line_and_nothing_else(call: Call, pool: Path, tmp_path: Path) -> None:
