@@ -54,15 +54,16 @@ def test_a_leak_in_the_loop_shows(leak: int) -> None:
         return context.images.sum() * 0
 
     model = smi.SparseModel(tiny(), backend="reference")
-    found = long_run.measure(model, CONFIG, 0.001, 0, objectives=[leaking])
-    assert found["samples"] == CONFIG.iterations * found["batches"] and found["images"] == 2 * found["batches"]
+    found = long_run.measure(model, CONFIG, 0.1, 0, objectives=[leaking])
+    assert found["batches"] and found["images"] == 2 * found["batches"]
+    assert 0 <= found["samples"] - CONFIG.iterations * found["batches"] < CONFIG.iterations, "of a batch half done"
     tensors = found["curve"]["tensors"]
     assert (tensors[-1] - tensors[0] > 500) == bool(leak)
 
 
 def test_the_command_writes_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smi, "preset", lambda name: CONFIG)
-    arguments = ["--minutes", "0.01", "--every", "0", "--batch-size", "3", "--out", str(tmp_path)]
+    arguments = ["--minutes", "0.08", "--every", "0", "--batch-size", "3", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["long_run", *arguments])
     threads = torch.get_num_threads()
     long_run.main()
@@ -70,6 +71,6 @@ def test_the_command_writes_what_the_page_shows(tmp_path: Path, monkeypatch: pyt
     (file,) = tmp_path.iterdir()
     record = json.loads(file.read_text())
     assert file.name == "long_run-embedded-teacher-cpu.json"
-    assert record["images"] == 3 * record["batches"] and record["samples"] == CONFIG.iterations * record["batches"]
+    assert record["images"] == 3 * record["batches"] and record["samples"] >= CONFIG.iterations * record["batches"]
     text = page.long_run(record, "here")
     assert f"| {record['images']} | {record['batches']} | {record['resident_mb']:.0f} |" in text
