@@ -42,6 +42,7 @@ from smi.given import RealImages, given_pool, noise_images
 from smi.pool import Pool
 from smi.pool_tools import FirstImages
 from smi.predict import predict
+from smi.provenance import versions
 from smi.rebirth import updates
 from smi.report import own_judge
 from smi.report_data import classify, collect
@@ -350,6 +351,7 @@ class Comparison:
             "points": list(self.how.points),
             "quick": self.how.quick,
             "device": self.model.where,
+            "versions": versions(),
             "teacher_top1": reference,
             "methods": {name: self._method(name) for name in self.how.strategies},
             "controls": {name: {"cells": self._cells(name, (self.how.images,))} for name in self.controls},

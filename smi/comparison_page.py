@@ -94,13 +94,14 @@ def page(record: dict[str, Any]) -> str:
     """Markdown."""
     settings, methods = record["settings"], record["methods"]
     equal = {"flops": "number of operations", "seconds": "time", "images": "number of images"}[settings["equal"]]
+    made = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Methods compared on {settings['model']['name']}",
         "",
         *(["**A quick trial of whether it runs: conclude nothing from it.**", ""] if record["quick"] else []),
         f"{settings['config']['iterations']} iterations, seeds {', '.join(map(str, record['seeds']))}, "
-        f"{record['device']}. Cost is counted per image that is handed out: what one trajectory costs, over the images "
-        "that come out of it. Round points: shares "
+        f"{record['device']}, {made}. Cost is counted per image that is handed out: what one trajectory costs, over "
+        "the images that come out of it. Round points: shares "
         f"{', '.join(f'{point:g}' for point in record['points'])} of an equal {equal}; squares: an equal number of "
         "images. Bands reach from the lowest seed to the highest.",
         "",

@@ -271,6 +271,7 @@ def test_the_page_shows_both_measurements(whole: tuple[Path, dict[str, Any]]) ->
     assert json.loads((folder / "out" / "compare.json").read_text()) == record
     text = (folder / "out" / "compare.md").read_text()
     assert text == page(record) and "conclude nothing" not in text
+    assert f"smi {smi.__version__}" in text and f"torch {torch.__version__}" in text
     assert "## Equal number of operations" in text and "## Equal number of images" in text
     equal, counted, moved = (part.splitlines() for part in text.split("\n## ")[1:])
     for name in record["methods"]:
