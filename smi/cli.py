@@ -438,17 +438,15 @@ def info(
 
     opened = open_pool(pool)
     facts = summary(pool) if len(opened) else None
+    begun = opened.begun
     if as_json:
-        print(
-            json.dumps(
-                {**opened.manifest, "batches_done": opened.batches, "batches_begun": opened.begun, "summary": facts}
-            )
-        )
+        progress = {"batches_done": opened.batches, "batches_begun": begun}
+        print(json.dumps({**opened.manifest, **progress, "summary": facts}))
         return
     manifest, config = opened.manifest, opened.config
     done, batches = len(opened.batches), opened.plan.num_batches
-    begun = f", {len(opened.begun)} begun" if opened.begun else ""
-    print(f"{pool}: {len(opened)} of {len(opened.plan.targets)} images, {done} of {batches} batches{begun}")
+    half = f", {len(begun)} begun" if begun else ""
+    print(f"{pool}: {len(opened)} of {len(opened.plan.targets)} images, {done} of {batches} batches{half}")
     rows = {
         "model": f"{opened.info.name} ({opened.info.weights_sha256[:12]})",
         "made": f"{manifest['created']} on {manifest['device']}",

@@ -29,16 +29,6 @@ Jitter = Literal["patch", "pixel", "none"]
 Stopped = Literal["frozen", "evolve"]
 Scope = Literal["image", "batch"]
 ResultMask = Literal["carried", "reranked"]
-Ranking = Literal[
-    "auto",
-    "class_attention",
-    "attention_pool",
-    "received_attention",
-    "class_attention_last_4",
-    "attention_rollout",
-    "gradient_input",
-    "random",
-]
 ModelRanking = Literal[
     "auto",
     "class_attention",
@@ -47,6 +37,7 @@ ModelRanking = Literal[
     "class_attention_last_4",
     "attention_rollout",
 ]
+Ranking = Literal[ModelRanking, "gradient_input", "random"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MAX_ITERATIONS = 10_000_000  # histories and progress keep a number for each
 

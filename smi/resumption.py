@@ -92,9 +92,6 @@ def restore(loop: Inversion, state: State) -> None:
             raise ValueError("it is of fused kernels, on which this inversion does not run")
         for place, value in zip((loop.images, loop._exp_avg, loop._exp_avg_sq), pixels.values(), strict=True):
             place.copy_(value)  # the state may be another loop's very tensors
-        if loop.config.stopped == "frozen" and loop._fed(keep) is not None:
-            live = torch.zeros_like(dropped_at, dtype=torch.bool).scatter(1, keep, True)
-            loop._live_pixels = smi_kernels.patch_mask(live, loop.model.info.grid, loop.model.info.patch_size)
     else:
         more = {name: state[f"pixels.{name}"] for name in ("sums", "cross_entropies", "priors")}
         pruned = {} if loop._fed(keep) is None else {"keep": keep}
@@ -105,6 +102,8 @@ def restore(loop: Inversion, state: State) -> None:
     if loop._own is not None:
         loop._own.keep = keep
     loop.iteration, loop.keep, loop._dropped_at, loop._scores, loop._best = t, keep, dropped_at, scores, best
+    if loop._descent is None and loop.config.stopped == "frozen" and loop._fed(keep) is not None:
+        loop._live_pixels = smi_kernels.patch_mask(loop._alive(), loop.model.info.grid, loop.model.info.patch_size)
     loop._parts, loop._snapshots, loop._phases = parts, pictures, phases
     loop._phase_start, loop._seconds = (int(start), float(seconds)), float(state["seconds"])
     loop._converged = bool(state["converged"])
